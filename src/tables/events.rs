@@ -374,6 +374,7 @@ impl Scan for EventsScan {
                 if let Met::Row(tuple) = met {
                     let (values, nulls) = (self.row.values.as_mut_ptr(), self.row.nulls.as_mut_ptr());
                     hot::heap_deform_tuple(tuple, self.descriptor, values, nulls);
+                    self.row.written_by = (*(*tuple).t_data).t_choice.t_heap.t_xmin.into();
                 }
                 met
             })

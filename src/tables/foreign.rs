@@ -10,9 +10,6 @@ use pgrx::pg_sys;
 use relay::reading::foreign::{Judge, Written, latest};
 use relay::reading::snapshot::Tick;
 
-/// How many rows one step examines or publishes anew; a step takes some milliseconds.
-pub(crate) const PIECE_ROWS: i64 = 2_000;
-
 /// The state of our triggers, and the last state of `outbox.events`'s trigger in which all rows had passed through it.
 pub(crate) struct Look {
     pub broken: Vec<BrokenTrigger>,
@@ -144,9 +141,9 @@ fn has_future_xid() -> bool {
         .is_some_and(|xid| xid >= next_xid)
 }
 
-/// Examines some rows after `after`, up to `upto`. Returns the last number that it examined; `None`: there are no more
+/// Examines `count` rows after `after`, up to `upto`. Returns the last number that it examined; `None`: there are no more
 /// rows.
-pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i64> {
+pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64, count: i64) -> Option<i64> {
     let piece = query(
         // A row whose payload was erased (outbox.erase) was last written by another transaction. The check reads only a
         // short publisher_config, because one stored out of line may not be readable.
@@ -157,7 +154,7 @@ pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64) -> Option<i
         select (select max(seq) from piece) as last, array_agg(seq order by seq) as seqs, array_agg(xid order by seq) as xids,
             array_agg(xmin order by seq) as xmins
         from piece where xid <> xmin or xmin in (select p.xmin from piece p where p.xid <> p.xmin)",
-        &[after.into(), upto.into(), PIECE_ROWS.into()],
+        &[after.into(), upto.into(), count.into()],
         |row| {
             let numbers = |column| row.value::<Vec<i64>>(column).unwrap_or_default();
             let others = numbers("xids").into_iter().zip(numbers("xmins"));

@@ -70,6 +70,8 @@ const MAX_COLUMNS: usize = 64;
 pub(crate) struct Row {
     pub(super) values: [pg_sys::Datum; MAX_COLUMNS],
     pub(super) nulls: [bool; MAX_COLUMNS],
+    /// The transaction that has written it (the system column xmin); 0 in tables that are read by other means.
+    pub(super) written_by: u32,
 }
 
 impl Row {
@@ -77,7 +79,12 @@ impl Row {
         Self {
             values: [pg_sys::Datum::from(0); MAX_COLUMNS],
             nulls: [true; MAX_COLUMNS],
+            written_by: 0,
         }
+    }
+
+    pub(crate) fn written_by(&self) -> u32 {
+        self.written_by
     }
 
     /// Reads the values of a heap tuple.

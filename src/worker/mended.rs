@@ -1,7 +1,8 @@
 //! The state of mending: triggers that were switched off, and the progress of checking rows that came meanwhile.
 
 use crate::tables::foreign::{BrokenTrigger, Look};
-use relay::reading::foreign::Judge;
+use relay::reading::foreign::{Judge, Written};
+use relay::reading::pace::{Pieces, Portion};
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub(super) struct Mending {
     /// The trigger was changed, so a sweep has to begin.
     pub(super) touched: Option<Look>,
     pub(super) sweep: Option<Sweep>,
+    pub(super) pieces: Pieces,
     pub(super) sweep_at: Now,
     /// What was last logged: publications with tables that must not be replicated, and backends for which another
     /// server's events are held.
@@ -40,9 +42,22 @@ pub(super) struct Sweep {
     /// Then the rows that are foreign are published anew.
     pub(super) foreign: Vec<i64>,
     pub(super) moved: u64,
+    /// How many rows one step publishes anew.
+    pub(super) portion: Portion,
     /// The trigger and the tick at its beginning.
     pub(super) triggers: Option<String>,
     pub(super) tick: Tick,
+}
+
+impl Sweep {
+    /// Whether a row may get another number. If it were read before, it could overtake rows that have already got theirs.
+    /// `next_xid` was read after it.
+    pub(super) fn may_move(&self, row: &Written, next_xid: u64) -> bool {
+        match &self.judge {
+            Some(judge) => row.seq <= self.upto && judge.suspects(row, next_xid),
+            None => self.foreign.binary_search(&row.seq).is_ok(),
+        }
+    }
 }
 
 impl Mending {

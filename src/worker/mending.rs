@@ -10,12 +10,16 @@ use crate::worker::mended::Sweep;
 use crate::worker::state::Generation;
 use crate::worker::state::Worker;
 use relay::reading::foreign::Judge;
+use relay::reading::pace::Portion;
 use relay::reading::snapshot::{FIRST_NORMAL_XID, Tick};
 use relay::time::Now;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// The pause between two steps of a sweep, and between two attempts.
-const PIECE_PAUSE: Duration = Duration::from_millis(5);
+/// How many rows one step of a sweep examines, which takes some milliseconds.
+const LOOK_ROWS: i64 = 2_000;
+/// How long one step publishes rows anew.
+const PIECE_TIME: Duration = Duration::from_millis(10);
+/// The pause between two attempts.
 const TRY_PAUSE: Duration = Duration::from_secs(1);
 /// The minimum time between two checks while our tables change all the time.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
@@ -138,29 +142,39 @@ impl Worker {
             upto,
             foreign: Vec::new(),
             moved: 0,
+            portion: Portion::new(PIECE_TIME),
         });
         Ok(())
     }
 
+    /// Takes one step of a sweep, if there is one.
     fn sweep(&mut self) -> Result<(), Aborted> {
-        self.mending.sweep_at = self.now() + PIECE_PAUSE;
+        let (now, beside_others) = (self.now(), self.is_beside_others());
+        self.mending.sweep_at = now;
         let Some(sweep) = &mut self.mending.sweep else {
             return Ok(());
         };
+        if !self.mending.pieces.may_begin(beside_others, now) {
+            self.mending.sweep_at = self.mending.pieces.rests_until();
+            return Ok(());
+        }
+        self.mending.pieces.begins(now);
         let (after, upto) = (sweep.after, sweep.upto);
         if let Some(judge) = &mut sweep.judge {
-            let last = process::transaction(|| foreign::look_at_rows(judge, after, upto))?;
+            let last = process::transaction(|| foreign::look_at_rows(judge, after, upto, LOOK_ROWS))?;
             if let Some(last) = last.filter(|last| *last < upto) {
                 sweep.after = last;
                 return Ok(());
             }
             sweep.foreign = sweep.judge.take().map(Judge::into_found).unwrap_or_default();
         }
-        let piece = &sweep.foreign[..sweep.foreign.len().min(foreign::PIECE_ROWS as usize)];
+        let piece = &sweep.foreign[..sweep.foreign.len().min(sweep.portion.count())];
         if !piece.is_empty() {
+            let start = Instant::now();
             sweep.moved += process::transaction(|| foreign::publish_anew(piece))?;
             let count = piece.len();
             sweep.foreign.drain(..count);
+            sweep.portion.took(count, start.elapsed());
             self.work = true;
             // The restores that were noted must be loaded, even where no trigger announces them.
             self.generation = Generation::Stale;

@@ -7,6 +7,7 @@ use crate::tables::events::{EventsScan, EventsTable};
 use crate::tables::row::{Row, attribute};
 use crate::tables::{backends, refused};
 use crate::worker::backend::Backend;
+use crate::worker::mended::Sweep;
 use pgrx::pg_sys;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
@@ -15,7 +16,8 @@ use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
 use relay::event::Event;
 use relay::fault::{self, Point};
-use relay::reading::range::{Scan, Table};
+use relay::reading::foreign::Written;
+use relay::reading::range::{Key, Scan, Table};
 use relay::reading::schedule::Group;
 use std::rc::Rc;
 
@@ -32,10 +34,15 @@ pub(super) struct Outcome {
 
 /// Reads on for a group of `backends`, but not for long if `is_wanted` says that others have work. Needs a transaction.
 /// The result may be handed over when that has ended well.
-pub(super) fn read(backends: &mut [Backend], group: &Group, is_wanted: &dyn Fn() -> bool) -> Vec<Outcome> {
+pub(super) fn read(
+    backends: &mut [Backend],
+    group: &Group,
+    sweep: Option<&Sweep>,
+    is_wanted: &dyn Fn() -> bool,
+) -> Vec<Outcome> {
     let readers = collectors(backends, group).collect();
     let limits = Limits::of(guc::BATCH_SIZE.get() as usize);
-    let readers = run(backends, group, readers, limits, is_wanted);
+    let readers = run(backends, group, sweep, readers, limits, is_wanted);
     readers
         .into_iter()
         .map(|reader| written_down(reader, backends))
@@ -51,7 +58,7 @@ pub(super) fn pass_by(
 ) -> Vec<Collector> {
     let readers = collectors(backends, group).map(Collector::passing_by).collect();
     let limits = Limits { steps, ..Limits::of(1) };
-    run(backends, group, readers, limits, is_wanted)
+    run(backends, group, None, readers, limits, is_wanted)
 }
 
 fn collectors(backends: &[Backend], group: &Group) -> impl Iterator<Item = Collector> {
@@ -64,6 +71,7 @@ fn collectors(backends: &[Backend], group: &Group) -> impl Iterator<Item = Colle
 fn run(
     backends: &mut [Backend],
     group: &Group,
+    sweep: Option<&Sweep>,
     readers: Vec<Collector>,
     limits: Limits,
     is_wanted: &dyn Fn() -> bool,
@@ -78,8 +86,12 @@ fn run(
     }
     let all = Backends::of(backends.iter().map(|b| (b.number, b.lane(), b.role())));
     let pass = Pass::new(group, readers, all, limits);
-    let memory = RowMemory::new();
-    let readers = pass.run(&mut table, &mut ScannedRows { backends, memory }, is_wanted);
+    let mut rows = ScannedRows {
+        backends,
+        sweep,
+        memory: RowMemory::new(),
+    };
+    let readers = pass.run(&mut table, &mut rows, is_wanted);
     table.close();
     readers
 }
@@ -107,6 +119,7 @@ fn written_down(mut reader: Collector, backends: &mut [Backend]) -> Outcome {
 /// The rows of a pass, for the backends that it reads for.
 struct ScannedRows<'a> {
     backends: &'a mut [Backend],
+    sweep: Option<&'a Sweep>,
     memory: RowMemory,
 }
 
@@ -132,6 +145,18 @@ impl Source for ScannedRows<'_> {
 
     fn unreadable(&mut self, scan: &EventsScan) -> Option<String> {
         self.memory.within(|| care::unreadable(scan.row()))
+    }
+
+    fn awaits_sweep(&mut self, scan: &EventsScan, key: Key) -> bool {
+        self.sweep.is_some_and(|sweep| {
+            let row = Written {
+                seq: key.seq,
+                xid: key.xid,
+                xmin: scan.row().written_by(),
+            };
+            // SAFETY: reads the counter under its lock; the row was read before.
+            sweep.may_move(&row, unsafe { pg_sys::ReadNextFullTransactionId().value })
+        })
     }
 
     fn with_event<R>(&mut self, scan: &EventsScan, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {

@@ -381,7 +381,9 @@ impl Worker {
         let sending = backends.iter().filter(|b| b.reads_for_redis()).count();
         // A reader that is alone delays no other.
         let is_wanted = || sending > 1 && slot.has_work();
-        let outcomes = care::transaction(|| catalog::is_served().then(|| pass::read(backends, group, &is_wanted)))?;
+        let sweep = self.mending.sweep.as_ref();
+        let outcomes =
+            care::transaction(|| catalog::is_served().then(|| pass::read(backends, group, sweep, &is_wanted)))?;
         let Some(outcomes) = outcomes else {
             self.generation = Generation::Stale;
             return Ok(true);
@@ -408,7 +410,9 @@ impl Worker {
             if let (Some(stream), Some(readership)) = (reader.full, backend.delivery.readership_mut()) {
                 readership.fills_up(stream);
             }
-            if backend.role() == Role::Strays && reader.is_stopped {
+            if reader.awaits_sweep {
+                backend.rests_until = self.mending.sweep_at;
+            } else if backend.role() == Role::Strays && reader.is_stopped {
                 backend.rests_until = now + guc::millis(&guc::POLL_INTERVAL_MS);
             }
             let end = reader.end.clone();

@@ -31,6 +31,10 @@ pub trait Source {
     fn hash_slot(&mut self, scan: &Self::Scan, reader: usize) -> u16;
     /// Why it cannot be read; `None` if it can.
     fn unreadable(&mut self, scan: &Self::Scan) -> Option<String>;
+    /// Whether it may get another number soon, because it was inserted without the table's trigger: its backend waits.
+    fn awaits_sweep(&mut self, _scan: &Self::Scan, _key: Key) -> bool {
+        false
+    }
     /// Calls `f` with the event of the row, for one reader.
     fn with_event<R>(&mut self, scan: &Self::Scan, reader: usize, f: impl FnOnce(Self::Offer<'_>) -> R) -> R;
 }
@@ -96,6 +100,8 @@ pub struct Collector {
     pub end: Position,
     /// Whether it met a row that it has no room for.
     pub is_stopped: bool,
+    /// That row may get another number soon.
+    pub awaits_sweep: bool,
     /// The hash slot of that row, if the slot has no lane.
     pub found: Option<u16>,
     /// The stream of that row, if it is full.
@@ -122,6 +128,7 @@ impl Collector {
             skipped: Vec::new(),
             end: delivery.position().clone(),
             is_stopped: false,
+            awaits_sweep: false,
             found: None,
             full: None,
             placed: HashMap::new(),
@@ -264,11 +271,18 @@ impl Pass {
                 }
                 Some(Step::Passed(key)) => self.seq = key.seq,
                 Some(Step::Row(key)) => {
-                    if let Some(reader) = self.refused_by(source, scan.current(), key) {
-                        self.stop(reader);
-                        if self.can_all_wait() {
-                            break;
-                        }
+                    let has_stopped = match source.awaits_sweep(scan.current(), key) {
+                        true => self.stop_all_of(source.number(scan.current()), key),
+                        false => match self.refused_by(source, scan.current(), key) {
+                            Some(reader) => {
+                                self.stop(reader);
+                                true
+                            }
+                            None => false,
+                        },
+                    };
+                    if has_stopped && self.can_all_wait() {
+                        break;
                     }
                     self.seq = key.seq;
                 }
@@ -296,6 +310,22 @@ impl Pass {
         let reader = &mut self.readers[reader];
         reader.close_batch(here.clone());
         (reader.end, reader.is_stopped) = (here, true);
+    }
+
+    /// All readers of a backend stay before a row. False: there are none that have still to read it.
+    #[cold]
+    fn stop_all_of(&mut self, number: i32, key: Key) -> bool {
+        let number = self.backends.known(number);
+        let mut has_stopped = false;
+        for index in 0..self.readers.len() {
+            let reader = &self.readers[index];
+            if reader.number == number && !reader.is_stopped && self.is_before(reader, key) {
+                self.stop(index);
+                self.readers[index].awaits_sweep = true;
+                has_stopped = true;
+            }
+        }
+        has_stopped
     }
 
     fn here(&self, reader: &Collector) -> Position {

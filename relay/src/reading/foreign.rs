@@ -55,8 +55,7 @@ impl Judge {
     /// Examines rows: those that carry another id than their writing transaction, and all other rows of the same
     /// writers. `next_xid` was read after them.
     pub fn look_at(&mut self, rows: &[Written], next_xid: u64) {
-        let is_its_own = |row: &&Written| row.xid as u32 == row.xmin && row.xid < next_xid;
-        for row in rows.iter().filter(|row| !is_its_own(row)) {
+        for row in rows.iter().filter(|row| !is_its_own(row, next_xid)) {
             let writer = latest(row.xmin, next_xid);
             if self.contradicts(row, writer, next_xid) {
                 self.found.push(row.seq);
@@ -66,10 +65,20 @@ impl Judge {
             }
         }
         // A transaction that brought such rows may by chance have brought one that carries its own id.
-        for row in rows.iter().filter(is_its_own) {
+        for row in rows.iter().filter(|row| is_its_own(row, next_xid)) {
             if self.tells_of(row.xid, row.xmin) && self.of_writer.contains_key(&row.xid) {
                 self.look_at_others(row.xid, row);
             }
+        }
+    }
+
+    /// Whether a row may turn out to be foreign, although not all have been examined. `next_xid` was read after it.
+    pub fn suspects(&self, row: &Written, next_xid: u64) -> bool {
+        let writer = latest(row.xmin, next_xid);
+        match is_its_own(row, next_xid) {
+            // A transaction that brought foreign rows may by chance have brought one that carries its own id.
+            true => (self.known.next_xid..=self.touched_by).contains(&writer),
+            false => self.contradicts(row, writer, next_xid),
         }
     }
 
@@ -146,6 +155,11 @@ impl Judge {
             },
         }
     }
+}
+
+/// Whether a row carries the id of the transaction that wrote it.
+fn is_its_own(row: &Written, next_xid: u64) -> bool {
+    row.xid as u32 == row.xmin && row.xid < next_xid
 }
 
 /// A transaction id as 64 bits: the latest possible one before `next_xid`.
