@@ -37,7 +37,8 @@ mod server;
 mod tables;
 mod worker;
 
-use crate::publish::{lent_rights, on_conflict, planning, returning};
+use crate::publish::{lent_rights, on_conflict, planning, refused_rights, returning};
+use crate::server::hooks::{self, ServerHooks, StatementHooks};
 use crate::server::{error, guc, object_access, ruled_plans, shmem, silence, standby, txn};
 use pgrx::{pg_guard, pg_sys};
 
@@ -48,6 +49,23 @@ const LIBRARY_VERSION: &std::ffi::CStr =
         Err(_) => panic!("the version holds a NUL"),
     };
 pgrx::pg_module_magic!(name = c"outbox_relay", version = LIBRARY_VERSION);
+
+const STATEMENT_HOOKS: StatementHooks = StatementHooks {
+    analysed: &[
+        returning::permit_statement,
+        refused_rights::expect_rights_of_copy,
+        ruled_plans::note_statement,
+    ],
+    planning: &[refused_rights::expect_rights, on_conflict::complete_statement],
+    planned: &[planning::catch_up, ruled_plans::note],
+    beginning: &[lent_rights::lends_no_more],
+};
+
+const SERVER_HOOKS: ServerHooks = ServerHooks {
+    shmem_request: shmem::request,
+    shmem_startup: shmem::attach,
+    object_access: object_access::notice,
+};
 
 /// Called when the library is loaded: by the postmaster through shared_preload_libraries, or by a session that
 /// publishes without that. Such a session can publish, but its events are only queued.
@@ -64,16 +82,14 @@ pub extern "C-unwind" fn _PG_init() {
     guc::define();
     silence::define();
     if !upgrading {
-        returning::install();
-        on_conflict::install();
-        planning::install();
-        lent_rights::install();
-        ruled_plans::install();
+        hooks::install_for_statements(STATEMENT_HOOKS);
+        if !preloading {
+            ruled_plans::suspect_earlier_plans();
+        }
     }
     if preloading && !upgrading {
-        shmem::install();
+        hooks::install_for_server(SERVER_HOOKS);
         txn::install();
-        object_access::install();
         launcher::register();
         if standby::install() {
             launcher::register_standby_watch();

@@ -17,38 +17,11 @@ use std::ffi::CStr;
 
 const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
 
-static mut PREVIOUS_HOOK: pg_sys::ExecutorCheckPerms_hook_type = None;
-
-/// Called once, when the library is loaded.
-pub(crate) fn install() {
-    // SAFETY: a process loads its libraries in its one thread.
-    unsafe {
-        PREVIOUS_HOOK = pg_sys::ExecutorCheckPerms_hook;
-        pg_sys::ExecutorCheckPerms_hook = Some(on_checked);
-    }
-}
-
-// No pg_guard: an ERROR of another library's hook passes; nothing here needs to be dropped.
-// SAFETY: only Postgres calls this, with the tables of a statement that begins.
-#[cfg(feature = "pg15")]
-unsafe extern "C-unwind" fn on_checked(tables: *mut pg_sys::List, raises: bool) -> bool {
-    // SAFETY: Postgres passes valid lists.
-    unsafe { PREVIOUS_HOOK.is_none_or(|previous| previous(tables, raises)) && lends_no_more(tables, raises) }
-}
-
-// No pg_guard: as above.
-// SAFETY: as above.
-#[cfg(not(feature = "pg15"))]
-unsafe extern "C-unwind" fn on_checked(tables: *mut pg_sys::List, rights: *mut pg_sys::List, raises: bool) -> bool {
-    // SAFETY: Postgres passes valid lists.
-    unsafe { PREVIOUS_HOOK.is_none_or(|previous| previous(tables, rights, raises)) && lends_no_more(rights, raises) }
-}
-
 /// Whether no table of a statement lends more than its lender may do. Notes who begins to publish.
 ///
 /// # Safety
 /// A list of the rights that a statement needs, within a transaction, in a frame that holds nothing.
-unsafe fn lends_no_more(rights: *mut pg_sys::List, raises: bool) -> bool {
+pub(crate) unsafe fn lends_no_more(rights: *mut pg_sys::List, raises: bool) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
         for index in 0..length(rights) {

@@ -17,7 +17,7 @@
 //!   in sessions that load the library late; [`lent_rights`] views and rules
 //!
 //! `publish_event` inserts through the table's access method and not through the executor, as long as the table is as
-//! the extension made it (see `tables/insertion.rs`). So it needs no rights on the table and no plan. A plain INSERT
+//! the extension made it (see `tables/insertion`). So it needs no rights on the table and no plan. A plain INSERT
 //! goes through the trigger `complete_event`. Both make the same checks and draw the same numbers, and both draw the
 //! transaction id *before* the sequence number: the reader's bounds rely on that (see
 //! `relay::reading::snapshot::Tick`).
@@ -36,7 +36,7 @@ pub(crate) mod lent_rights;
 pub(crate) mod on_conflict;
 mod placing;
 pub(crate) mod planning;
-mod refused_rights;
+pub(crate) mod refused_rights;
 mod repeated_id;
 mod request;
 pub(crate) mod returning;

@@ -6,58 +6,29 @@
 //! this module adds `branch` before the statement is planned. So it also works in functions and rules that were parsed
 //! long ago.
 //!
-//! The hook runs for each statement that is planned, and examines only INSERTs with ON CONFLICT. It also passes the
-//! statement's tables to [`crate::publish::refused_rights`].
+//! This looks at each statement that is planned, and examines only INSERTs with ON CONFLICT.
 
-use crate::publish::refused_rights;
 use crate::server::query_tree::{each_that_changes, item, length, target};
 use crate::tables::catalog::has_our_name;
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char};
 
-static mut PREVIOUS_HOOK: pg_sys::planner_hook_type = None;
-
-// SAFETY: the declarations of optimizer/planner.h, nodes/nodes.h, nodes/pg_list.h and utils/lsyscache.h. Without pgrx's
-// guard: ERRORs pass through.
+// SAFETY: the declarations of nodes/nodes.h, nodes/pg_list.h and utils/lsyscache.h. Without pgrx's guard: ERRORs pass
+// through.
 unsafe extern "C-unwind" {
     fn copyObjectImpl(node: *const std::ffi::c_void) -> *mut std::ffi::c_void;
     fn lappend(list: *mut pg_sys::List, node: *mut std::ffi::c_void) -> *mut pg_sys::List;
     fn get_attname(relation: pg_sys::Oid, column: i16, missing_ok: bool) -> *mut c_char;
-    fn standard_planner(
-        query: *mut pg_sys::Query,
-        text: *const c_char,
-        options: std::ffi::c_int,
-        params: pg_sys::ParamListInfo,
-    ) -> *mut pg_sys::PlannedStmt;
 }
 
-/// Called once, when the library is loaded.
-pub(crate) fn install() {
-    // SAFETY: a process loads its libraries in its one thread.
-    unsafe {
-        PREVIOUS_HOOK = pg_sys::planner_hook;
-        pg_sys::planner_hook = Some(on_planning);
-    }
-}
-
-// No pg_guard: an ERROR of the planner or of another library's hook passes through; nothing here needs to be dropped.
-// SAFETY: only Postgres calls this, with a query that may be changed.
-unsafe extern "C-unwind" fn on_planning(
-    query: *mut pg_sys::Query,
-    text: *const c_char,
-    options: std::ffi::c_int,
-    params: pg_sys::ParamListInfo,
-) -> *mut pg_sys::PlannedStmt {
-    // SAFETY: Postgres passes a valid query.
-    unsafe {
-        refused_rights::expect_rights(query);
-        each_that_changes(query, complete);
-        match PREVIOUS_HOOK {
-            Some(previous) => previous(query, text, options, params),
-            None => standard_planner(query, text, options, params),
-        }
-    }
+/// As [`complete`], for a statement that is about to be planned.
+///
+/// # Safety
+/// As [`complete`].
+pub(crate) unsafe fn complete_statement(query: *mut pg_sys::Query) {
+    // SAFETY: the caller's promise.
+    unsafe { each_that_changes(query, complete) };
 }
 
 /// Adds `branch` to the clause of an INSERT that names `event_id` alone.

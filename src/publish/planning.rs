@@ -3,7 +3,7 @@
 //!
 //! They miss the first statement of a session if the library is not preloaded. Planning that statement loads it: the
 //! default of `branch` is a function whose support function is ours, and the planner calls that when it simplifies
-//! expressions. The planner's last hook, here, runs after that, but before the planner looks for the index of ON CONFLICT
+//! expressions. The planner's last hook runs after that, but before the planner looks for the index of ON CONFLICT
 //! and before it copies the rights that the statement needs. The hooks also miss statements on a view or with a rule,
 //! which were analysed as statements on another table.
 
@@ -11,41 +11,16 @@ use crate::publish::{on_conflict, returning};
 use crate::server::error::strict_arguments;
 use crate::server::report;
 use pgrx::pg_sys;
-use std::ffi::c_void;
 
-static mut PREVIOUS_HOOK: pg_sys::create_upper_paths_hook_type = None;
-
-/// Called once, when the library is loaded.
-pub(crate) fn install() {
-    // SAFETY: a process loads its libraries in its one thread.
+/// Does with a query that is planned what those hooks do. Both leave alone what they have seen before.
+///
+/// # Safety
+/// A valid query that may be changed, in a frame that holds nothing.
+pub(crate) unsafe fn catch_up(query: *mut pg_sys::Query) {
+    // SAFETY: the caller's promise.
     unsafe {
-        PREVIOUS_HOOK = pg_sys::create_upper_paths_hook;
-        pg_sys::create_upper_paths_hook = Some(on_planned);
-    }
-}
-
-// No pg_guard: an ERROR of another library's hook passes; nothing here needs to be dropped.
-// SAFETY: called by Postgres alone, with a query that is its own to change.
-unsafe extern "C-unwind" fn on_planned(
-    root: *mut pg_sys::PlannerInfo,
-    stage: pg_sys::UpperRelationKind::Type,
-    input: *mut pg_sys::RelOptInfo,
-    output: *mut pg_sys::RelOptInfo,
-    extra: *mut c_void,
-) {
-    // SAFETY: what Postgres gave us.
-    unsafe {
-        if let Some(previous) = PREVIOUS_HOOK {
-            previous(root, stage, input, output, extra);
-        }
-        let query = (*root).parse;
-        if stage == pg_sys::UpperRelationKind::UPPERREL_FINAL
-            && (*query).commandType == pg_sys::CmdType::CMD_INSERT
-            && !((*query).returningList.is_null() && (*query).onConflict.is_null())
-        {
-            returning::permit(query);
-            on_conflict::complete(query);
-        }
+        returning::permit(query);
+        on_conflict::complete(query);
     }
 }
 

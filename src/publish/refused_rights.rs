@@ -23,7 +23,7 @@ const DELETE: pg_sys::AclMode = pg_sys::ACL_DELETE as pg_sys::AclMode;
 ///
 /// # Safety
 /// A valid query after its rewriting, in a frame that holds nothing.
-pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
+pub(crate) unsafe fn expect_rights(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise; a list may be null.
     unsafe {
         let mut events = None;
@@ -61,7 +61,7 @@ pub(super) unsafe fn expect_rights(query: *const pg_sys::Query) {
 ///
 /// # Safety
 /// A valid query, in a frame that holds nothing.
-pub(super) unsafe fn expect_rights_of_copy(query: *const pg_sys::Query) {
+pub(crate) unsafe fn expect_rights_of_copy(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise; a name is looked up without a lock, and may be none.
     unsafe {
         let copy = (*query).utilityStmt.cast::<pg_sys::CopyStmt>();

@@ -7,10 +7,10 @@
 //! that publishers fill in. All other rights that the statement needs are checked as before. ON CONFLICT (event_id)
 //! reveals whether an id is taken, as the error for a repeated id does.
 //!
-//! Statements that are still refused are refused here, with a better message. The hook runs for each statement that is
+//! Statements that are still refused are refused here, with a better message. This looks at each statement that is
 //! analysed, and examines only INSERTs with such a clause.
 
-use crate::publish::refused_rights::{self, column_name, refuse};
+use crate::publish::refused_rights::{column_name, refuse};
 use crate::server::query_tree::{columns, each_that_changes, rights, target};
 use crate::server::report;
 use crate::tables::catalog::{self, has_our_name};
@@ -21,32 +21,13 @@ const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
 const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
 const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
 
-static mut PREVIOUS_HOOK: pg_sys::post_parse_analyze_hook_type = None;
-
-/// Called once, when the library is loaded.
-pub(crate) fn install() {
-    // SAFETY: a process loads its libraries in its one thread.
-    unsafe {
-        PREVIOUS_HOOK = pg_sys::post_parse_analyze_hook;
-        pg_sys::post_parse_analyze_hook = Some(on_analyzed);
-    }
-}
-
-// No pg_guard: an ERROR of another library's hook passes through; nothing here needs to be dropped.
-// SAFETY: only Postgres calls this, with a query that was just made.
-unsafe extern "C-unwind" fn on_analyzed(
-    state: *mut pg_sys::ParseState,
-    query: *mut pg_sys::Query,
-    jumble: *mut pg_sys::JumbleState,
-) {
-    // SAFETY: Postgres passes a valid query.
-    unsafe {
-        if let Some(previous) = PREVIOUS_HOOK {
-            previous(state, query, jumble);
-        }
-        each_that_changes(query, permit);
-        refused_rights::expect_rights_of_copy(query);
-    }
+/// As [`permit`], for a statement that was analysed.
+///
+/// # Safety
+/// As [`permit`].
+pub(crate) unsafe fn permit_statement(query: *mut pg_sys::Query) {
+    // SAFETY: the caller's promise.
+    unsafe { each_that_changes(query, permit) };
 }
 
 /// Takes SELECT off what an INSERT asks for, where that shows nothing of others.

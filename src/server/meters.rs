@@ -79,7 +79,7 @@ fn count() -> usize {
 /// Finds or creates the meters. Called under the lock for creating shared memory.
 ///
 /// # Safety
-/// Only Postgres's startup hook may call this.
+/// As [`super::shmem::attach`].
 pub(super) unsafe fn attach() {
     // SAFETY: as the caller promises. Zeroes are the free state of every meter.
     unsafe {

@@ -1,4 +1,4 @@
-//! Interfaces to a Postgres process. Knows nothing of events or backends.
+//! Interfaces to a Postgres process. Knows nothing of our tables.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
 //! - [`shmem`], [`database_slot`], [`meters`], [`questions`], [`shared_text`] shared memory; [`txn`] after a commit: wake
@@ -8,7 +8,7 @@
 //!   unchanged
 //! - [`silence`] keeps the triggers of others from firing; [`ruled_plans`] knows which plans that would falsify
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
-//! - [`query_tree`] statements as hooks see them
+//! - [`hooks`] Postgres's hooks, and what other libraries had put there; [`query_tree`] statements as hooks see them
 //! - [`clock`] clocks for all processes
 //! - [`place`], [`standby`] where this process runs, and whether its server was promoted
 //! - [`threads`] threads beside the main thread
@@ -21,6 +21,7 @@ pub(crate) mod datum;
 pub(crate) mod encoding;
 pub(crate) mod error;
 pub(crate) mod guc;
+pub(crate) mod hooks;
 pub(crate) mod meters;
 pub(crate) mod object_access;
 pub(crate) mod pinned;

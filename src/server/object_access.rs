@@ -1,8 +1,8 @@
 //! Notices when our extension or a database is created, changed or dropped, whatever the statement (CASCADE, OWNED BY,
 //! DROP SCHEMA).
 //!
-//! A hook on utility statements would run before the statement's rights are checked. This hook runs after that. It has
-//! no guard and owns nothing, so that an ERROR in it, or in another library's hook after it, passes through unchanged.
+//! A hook on utility statements would run before the statement's rights are checked. The hook of object accesses
+//! ([`super::hooks`]) runs after that.
 //!
 //! DROP DATABASE calls this hook before it looks for sessions that are in its way. RENAME, SET TABLESPACE and CREATE
 //! DATABASE ... TEMPLATE do not: for those, see [`crate::server::process::give_way_to_database_statements`]. That would
@@ -13,37 +13,20 @@ use crate::server::shmem;
 use crate::server::txn;
 use crate::server::unguarded;
 use pgrx::pg_sys;
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 /// How long a worker may take to leave; it usually needs milliseconds. Postgres itself waits this long for sessions.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-static mut PREVIOUS_HOOK: pg_sys::object_access_hook_type = None;
-
-/// The postmaster calls this once.
-pub(crate) fn install() {
-    // SAFETY: the postmaster is single-threaded and calls this once.
-    unsafe {
-        PREVIOUS_HOOK = pg_sys::object_access_hook;
-        pg_sys::object_access_hook = Some(on_access);
-    }
-}
-
-// SAFETY: only Postgres calls this, within a transaction.
-unsafe extern "C-unwind" fn on_access(
-    access: pg_sys::ObjectAccessType::Type,
-    class: pg_sys::Oid,
-    object: pg_sys::Oid,
-    part: c_int,
-    argument: *mut c_void,
-) {
+/// Called when an object is created, altered or dropped.
+///
+/// # Safety
+/// Within a transaction, in a frame that holds nothing.
+pub(crate) unsafe fn notice(access: pg_sys::ObjectAccessType::Type, class: pg_sys::Oid, object: pg_sys::Oid) {
     use pg_sys::ObjectAccessType::{OAT_DROP, OAT_POST_ALTER, OAT_POST_CREATE};
-    // SAFETY: the arguments that Postgres gave us, passed on unchanged. Nothing in this frame needs dropping.
+    // SAFETY: the caller's promise.
     unsafe {
-        if let Some(previous) = PREVIOUS_HOOK {
-            previous(access, class, object, part, argument);
-        }
         match (class, access) {
             // CREATE EXTENSION announces itself in its script, because its row is not visible yet.
             (pg_sys::ExtensionRelationId, OAT_DROP | OAT_POST_ALTER) if is_ours(object) => txn::extension_changed(),

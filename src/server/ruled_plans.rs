@@ -11,13 +11,9 @@
 use crate::server::query_tree::{each_that_changes, item, length, target};
 use pgrx::pg_sys;
 use std::cell::Cell;
-use std::ffi::c_void;
 
 /// How many views upon each other are followed. Views of which one is made of the other have no end.
 const MOST_VIEWS: usize = 32;
-
-static mut ANALYSED_BEFORE: pg_sys::post_parse_analyze_hook_type = None;
-static mut PLANNED_BEFORE: pg_sys::create_upper_paths_hook_type = None;
 
 thread_local! {
     /// Whether such a plan may have been made since all plans were forgotten.
@@ -31,17 +27,9 @@ unsafe extern "C-unwind" {
     fn ResetPlanCache();
 }
 
-/// Called once, when the library is loaded.
-pub(crate) fn install() {
-    // SAFETY: a process loads its libraries in its one thread.
-    unsafe {
-        ANALYSED_BEFORE = pg_sys::post_parse_analyze_hook;
-        pg_sys::post_parse_analyze_hook = Some(on_analysed);
-        PLANNED_BEFORE = pg_sys::create_upper_paths_hook;
-        pg_sys::create_upper_paths_hook = Some(on_planned);
-        // A session that loads it later may have plans already.
-        MAY_BE.set(!pg_sys::process_shared_preload_libraries_in_progress);
-    }
+/// Called once by a session that loads the library after its start: it may have plans already.
+pub(crate) fn suspect_earlier_plans() {
+    MAY_BE.set(true);
 }
 
 /// Called when a silence begins or ends. Cannot fail.
@@ -52,47 +40,20 @@ pub(crate) fn forget() {
     }
 }
 
-// No pg_guard: an ERROR of Postgres or of another library's hook passes through; nothing here needs to be dropped.
-// SAFETY: only Postgres calls this, with a query that was just made.
-unsafe extern "C-unwind" fn on_analysed(
-    state: *mut pg_sys::ParseState,
-    query: *mut pg_sys::Query,
-    jumble: *mut pg_sys::JumbleState,
-) {
-    // SAFETY: Postgres passes a valid query.
-    unsafe {
-        if let Some(previous) = ANALYSED_BEFORE {
-            previous(state, query, jumble);
-        }
-        each_that_changes(query, note);
-    }
-}
-
-// No pg_guard: as above.
-// SAFETY: only Postgres calls this, with a query that it plans.
-unsafe extern "C-unwind" fn on_planned(
-    root: *mut pg_sys::PlannerInfo,
-    stage: pg_sys::UpperRelationKind::Type,
-    input: *mut pg_sys::RelOptInfo,
-    output: *mut pg_sys::RelOptInfo,
-    extra: *mut c_void,
-) {
-    // SAFETY: what Postgres gave us. This stage is reached for each part of a statement that changes data.
-    unsafe {
-        if let Some(previous) = PLANNED_BEFORE {
-            previous(root, stage, input, output, extra);
-        }
-        if stage == pg_sys::UpperRelationKind::UPPERREL_FINAL {
-            note((*root).parse);
-        }
-    }
-}
-
-/// Notes that a statement changes a table with rules.
+/// Looks at a statement that was analysed.
 ///
 /// # Safety
 /// A valid query within a transaction, in a frame that holds nothing.
-unsafe fn note(query: *mut pg_sys::Query) {
+pub(crate) unsafe fn note_statement(query: *mut pg_sys::Query) {
+    // SAFETY: the caller's promise.
+    unsafe { each_that_changes(query, note) };
+}
+
+/// Looks at one query of a statement that is planned: notes that it changes a table with rules.
+///
+/// # Safety
+/// As [`note_statement`].
+pub(crate) unsafe fn note(query: *mut pg_sys::Query) {
     // SAFETY: the caller's promise.
     unsafe {
         if (*query).resultRelation != 0 && !MAY_BE.get() && has_rules((*target(query)).relid) {

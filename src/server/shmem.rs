@@ -52,23 +52,10 @@ struct Shared {
 }
 
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
-static mut PREVIOUS_REQUEST_HOOK: pg_sys::shmem_request_hook_type = None;
-static mut PREVIOUS_STARTUP_HOOK: pg_sys::shmem_startup_hook_type = None;
 
 thread_local! {
     /// The slot of the process's own database, or that it has none, as of a generation.
     static HERE: Cell<(u64, Option<&'static DatabaseSlot>)> = const { Cell::new((u64::MAX, None)) };
-}
-
-/// Requests the shared memory. The postmaster calls this once.
-pub(crate) fn install() {
-    // SAFETY: the postmaster is single-threaded and calls this once, before any child exists.
-    unsafe {
-        PREVIOUS_REQUEST_HOOK = pg_sys::shmem_request_hook;
-        pg_sys::shmem_request_hook = Some(request);
-        PREVIOUS_STARTUP_HOOK = pg_sys::shmem_startup_hook;
-        pg_sys::shmem_startup_hook = Some(startup);
-    }
 }
 
 fn slots_wanted() -> usize {
@@ -87,27 +74,23 @@ fn size(slots: usize) -> usize {
     size_of::<Shared>() + slots * size_of::<DatabaseSlot>()
 }
 
-// No pg_guard: it calls another library's hook, whose ERRORs must pass unchanged.
-// SAFETY: only Postgres calls this, as a hook.
-unsafe extern "C-unwind" fn request() {
-    // SAFETY: Postgres calls this hook at the only time when space may be requested. Nothing in it needs dropping.
-    unsafe {
-        if let Some(previous) = PREVIOUS_REQUEST_HOOK {
-            previous();
-        }
-        unguarded::RequestAddinShmemSpace(size(slots_wanted()) + meters::size());
-    }
+/// Requests the shared memory.
+///
+/// # Safety
+/// At the only time when space may be requested.
+pub(crate) unsafe fn request() {
+    // SAFETY: the caller's promise.
+    unsafe { unguarded::RequestAddinShmemSpace(size(slots_wanted()) + meters::size()) };
 }
 
-// No pg_guard, for the same reason as above.
-// SAFETY: only Postgres calls this, as a hook.
-unsafe extern "C-unwind" fn startup() {
-    // SAFETY: Postgres calls this hook when its shared memory exists; the lock is the one intended for this. Zeroes are
-    // the valid empty state of every field. Nothing in it needs dropping.
+/// Finds or creates the shared memory.
+///
+/// # Safety
+/// When Postgres's shared memory exists, in a frame that holds nothing.
+pub(crate) unsafe fn attach() {
+    // SAFETY: the caller's promise; the lock is the one intended for this. Zeroes are the valid empty state of every
+    // field.
     unsafe {
-        if let Some(previous) = PREVIOUS_STARTUP_HOOK {
-            previous();
-        }
         let lock = NamedLock::AddinShmemInit.get();
         unguarded::LWLockAcquire(lock, pg_sys::LWLockMode::LW_EXCLUSIVE);
         let mut found = false;
