@@ -7,38 +7,15 @@ import os
 import pathlib
 import random
 import subprocess
-import sys
 import threading
 import time
 
-import psycopg
 import redis
+from throwaway import connect, say, sql, wait
 
 HERE = pathlib.Path(__file__).parent
 WORK = pathlib.Path(os.environ["WORK"])
 STREAM = "outbox.event.orders"
-
-
-def say(*words):
-    print("==>", *words, flush=True)
-
-
-def connect():
-    return psycopg.connect(user="postgres", dbname="postgres", autocommit=True)
-
-
-def sql(statement, *arguments):
-    with connect() as db:
-        cursor = db.execute(statement, arguments or None)
-        return cursor.fetchall() if cursor.description else []
-
-
-def wait(what, holds, seconds=120):
-    until = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > until:
-            sys.exit(f"waited {seconds} s for {what}")
-        time.sleep(0.05)
 
 
 class Debezium:
@@ -99,7 +76,7 @@ def compare(streams):
     )
     debezium = Debezium("theirs", "orders")
     dice, rows, changes = random.Random(7), set(), 0
-    with connect() as db:
+    with connect(autocommit=True) as db:
         for number in range(300):
             what = dice.choice(["insert", "insert", "update", "delete"]) if rows else "insert"
             if what == "insert":
@@ -150,7 +127,7 @@ class Application(threading.Thread):
 
     def run(self):
         dice, versions = random.Random(11), {}
-        with connect() as db:
+        with connect(autocommit=True) as db:
             while self.running:
                 key = f"k{dice.randrange(10)}"
                 versions[key] = versions.get(key, 0) + 1
@@ -200,7 +177,7 @@ def move(streams):
     wait("entries of Debezium", lambda: streams.xlen(STREAM) > 100)
 
     sql("update outbox.backends set enabled = false where name = 'default'")
-    with psycopg.connect(user="postgres", dbname="postgres") as db:
+    with connect() as db:
         db.execute("insert into outbox_table values (gen_random_uuid(), 'moved', '', 'moved', '{}')")
         db.execute("alter publication mover_publication drop table outbox_table")
         db.execute("select outbox.bridge_debezium('outbox_table', stream_prefix => 'outbox.event.')")

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 
-import psycopg
 import redis
+from throwaway import connect, say, sql, wait
 
 HERE = pathlib.Path(__file__).parent
 TOP = HERE.parent.parent
@@ -27,24 +27,6 @@ TABLES = """
     alter table aggregates owner to app;
     alter table ledger owner to app;
 """
-
-
-def say(*words):
-    print("==>", *words, flush=True)
-
-
-def sql(statement, *arguments, user="postgres"):
-    with psycopg.connect(user=user, dbname="postgres", autocommit=True) as db:
-        cursor = db.execute(statement, arguments or None)
-        return cursor.fetchall() if cursor.description else []
-
-
-def wait(what, holds, seconds=60):
-    until = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > until:
-            sys.exit(f"waited {seconds} s for {what}")
-        time.sleep(0.05)
 
 
 class Consumer(threading.Thread):
@@ -192,10 +174,10 @@ def move(worker_runs):
     else:
         worker.end(signal.SIGTERM)
         wait("a backlog", lambda: waiting().get("pending", 0) > 200)
-    with psycopg.connect(user="postgres", dbname="postgres") as db:
+    with connect() as db:
         told = import_rows(db, "")
     say("before the move:", dict(told))
-    with psycopg.connect(user="postgres", dbname="postgres") as db:
+    with connect() as db:
         db.execute("select outbox.bridge_django_broadcaster('outbox_events')")
         done = import_rows(db, ", false")
     say("moved:", dict(done))
@@ -203,7 +185,7 @@ def move(worker_runs):
     time.sleep(2)
     if worker_runs:
         worker.end(signal.SIGTERM)
-    with psycopg.connect(user="postgres", dbname="postgres") as db:
+    with connect() as db:
         rest = import_rows(db, ", false, 'look'")
     say("moved after the old worker's end:", dict(rest))
     assert rest["ambiguous"] == 0 and (rest["pending"] > 0 or not worker_runs), rest
