@@ -6,7 +6,7 @@ use crate::tables::copies::Original;
 use crate::tables::found_row::FoundRow;
 use crate::tables::missing;
 use crate::tables::options::{Options, Topology};
-use crate::tables::retention;
+use crate::tables::retention::RecordedTicks;
 use crate::tables::secret_key;
 use crate::tables::sql::{argument, query, query_column, query_kept, query_named, query_value, run};
 use crate::tables::stream_names;
@@ -253,7 +253,7 @@ pub(crate) fn kept_for_others(numbers: &[i32]) -> Vec<i32> {
 /// Forgets deleted backends except that they existed, in the transaction that saves the cursor of strays. Their events
 /// are purged by the given tick, which is the one of their cursors.
 pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
-    retention::record_last_tick(numbers, tick);
+    RecordedTicks::by_the_clock().record_last(numbers, tick);
     run(
         "with cursors as (delete from outbox.cursors c where c.backend_number = any($1)),
             moved as (delete from outbox.moved_backends m where m.backend_number = any($1)),

@@ -1,14 +1,12 @@
 //! The saved position of each backend: `outbox.cursors`.
 
 use crate::server::error::internal;
-use crate::tables::found_row::FoundRow;
 use crate::tables::sql::{Assignment, query, query_column, query_kept, upsert, words};
+use crate::tables::tick_columns::{FROM, TO};
 use pgrx::datum::DatumWithOid;
 use relay::delivery::{Cursor, State};
 use relay::reading::range::{Position, UnderWay};
-use relay::reading::snapshot::{Snapshot, Tick};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 /// The value of column `slot` for a backend without lanes. For a lane it is its hash slot.
 const NO_LANE: i32 = -1;
@@ -75,8 +73,8 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
         from outbox.cursors c where c.backend_number = $1 and c.slot = $2",
         &[number.into(), lane_number(lane).into()],
         |row| {
-            let from = tick_of(row, &FROM).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
-            let under_way = tick_of(row, &TO).map(|to| UnderWay {
+            let from = FROM.read(row).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
+            let under_way = TO.read(row).map(|to| UnderWay {
                 to,
                 last_seq: row.value("last_seq").unwrap_or_default(),
             });
@@ -112,45 +110,6 @@ pub(crate) fn totals(number: i32) -> (u64, u64) {
     );
     let [accepted, failed] = found.into_iter().next().unwrap_or_default();
     (accepted, failed)
-}
-
-/// The columns of a tick, of which snapshot and next_xid are read as text.
-pub(super) struct TickColumns {
-    snapshot: &'static str,
-    next_xid: &'static str,
-    low_seq: &'static str,
-    high_seq: &'static str,
-}
-
-const FROM: TickColumns = TickColumns {
-    snapshot: "from_snapshot",
-    next_xid: "from_next_xid",
-    low_seq: "from_low_seq",
-    high_seq: "from_high_seq",
-};
-const TO: TickColumns = TickColumns {
-    snapshot: "to_snapshot",
-    next_xid: "to_next_xid",
-    low_seq: "to_low_seq",
-    high_seq: "to_high_seq",
-};
-/// The column names in tables that hold one tick in a row.
-pub(super) const TICK: TickColumns = TickColumns {
-    snapshot: "snapshot",
-    next_xid: "next_xid",
-    low_seq: "low_seq",
-    high_seq: "high_seq",
-};
-
-/// A tick from its four columns.
-pub(super) fn tick_of(row: &FoundRow<'_>, columns: &TickColumns) -> Option<Arc<Tick>> {
-    let snapshot: Snapshot = row.value::<String>(columns.snapshot)?.parse().ok()?;
-    Some(Arc::new(Tick {
-        snapshot,
-        next_xid: row.value::<String>(columns.next_xid)?.parse().ok()?,
-        low_seq: row.value(columns.low_seq)?,
-        high_seq: row.value(columns.high_seq)?,
-    }))
 }
 
 /// Saves the position and standing of a backend or of one of its lanes.

@@ -2,9 +2,9 @@
 //! came meanwhile. Such rows carry transaction ids of another cluster: they would be sent when this cluster reaches
 //! these ids, or never.
 
-use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::found_row::FoundRow;
 use crate::tables::sql::{query, query_value, run, run_named};
+use crate::tables::tick_columns::{COLUMNS, SELECTED, VALUES, tick_of, tick_parameters};
 use crate::tables::trusted;
 use pgrx::pg_sys;
 use relay::reading::foreign::{Judge, Written, latest};
@@ -75,8 +75,10 @@ pub(crate) fn look() -> Option<Look> {
     );
     let has_future_xid = has_future_xid();
     query(
-        "select s.triggers, s.filenode, k.triggers as known_triggers, k.filenode as known_filenode, k.snapshot::text, k.next_xid::text, k.low_seq, k.high_seq
-        from outbox.trigger_state() s, outbox.known_triggers k",
+        &format!(
+            "select s.triggers, s.filenode, t.triggers as known_triggers, t.filenode as known_filenode, {SELECTED}
+            from outbox.trigger_state() s, outbox.known_triggers t"
+        ),
         &[],
         |row| {
             Some(Look {
@@ -85,7 +87,7 @@ pub(crate) fn look() -> Option<Look> {
                 filenode: row.value("filenode"),
                 known_triggers: row.value("known_triggers"),
                 known_filenode: row.value("known_filenode"),
-                known: Tick::clone(&*tick_of(row, &TICK)?),
+                known: Tick::clone(&*tick_of(row)?),
                 has_future_xid,
                 touched_by: row.value::<String>("triggers").map_or(0, |state| toucher(&state)),
             })
@@ -112,17 +114,13 @@ pub(crate) fn mend_trigger(table: &str, name: &str) {
 /// Records that as of this tick all rows have passed through the trigger in this state. `None`: the search for other
 /// rows has begun, with this tick.
 pub(crate) fn note_known(triggers: Option<&str>, filenode: Option<pg_sys::Oid>, tick: &Tick) {
+    let state = [("triggers", triggers.into()), ("filenode", filenode.into())];
     run_named(
-        "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
-            snapshot = $snapshot::pg_snapshot, next_xid = $next_xid::xid8, low_seq = $low_seq, high_seq = $high_seq",
-        [
-            ("triggers", triggers.into()),
-            ("filenode", filenode.into()),
-            ("snapshot", tick.snapshot.to_string().into()),
-            ("next_xid", tick.next_xid.to_string().into()),
-            ("low_seq", tick.low_seq.into()),
-            ("high_seq", tick.high_seq.into()),
-        ],
+        &format!(
+            "update outbox.known_triggers set triggers = $triggers, filenode = coalesce($filenode, filenode),
+                ({COLUMNS}) = row({VALUES})"
+        ),
+        tick_parameters(tick).into_iter().chain(state),
     );
 }
 

@@ -7,7 +7,7 @@
 //!   the rows of one event
 //! - [`row`], [`events`], [`whole_table`] reading rows without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] inserting rows; [`trusted`] rows that the trigger need not check
-//! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots
+//! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots, [`tick_columns`] as columns
 //! - [`stream_names`] streams of events that name none; [`consumers`] what Redis reports about consumer groups
 //! - [`identity`] what guards record about this server; [`copies`] databases made from others; [`foreign`], [`applied`]
 //!   rows that came without our trigger, or through a subscription
@@ -43,6 +43,7 @@ pub(crate) mod secret_key;
 pub(crate) mod sequence;
 pub(crate) mod sql;
 pub(crate) mod stream_names;
+mod tick_columns;
 pub(crate) mod ticks;
 pub(crate) mod trusted;
 pub(crate) mod whole_table;

@@ -1,9 +1,9 @@
 //! The ticks of retention, and which events may be purged by them.
 
 use crate::server::error::internal;
-use crate::tables::cursors::{TICK, tick_of};
 use crate::tables::rights;
 use crate::tables::sql::{query, query_column, query_value, run, run_kept, run_named, timestamp};
+use crate::tables::tick_columns::{COLUMNS, SELECTED, VALUES, tick_of, tick_parameters};
 use pgrx::pg_sys::{self, PgOid};
 use pgrx::spi::Spi;
 use relay::reading::snapshot::Tick;
@@ -12,102 +12,98 @@ use std::sync::Arc;
 /// The tick up to which a backend's events have been purged.
 pub(crate) fn oldest_tick(number: i32) -> Option<Arc<Tick>> {
     query(
-        "select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
-        where backend_number = $1 order by reached_at limit 1",
+        &format!("select {SELECTED} from outbox.ticks t where t.backend_number = $1 order by t.reached_at limit 1"),
         &[number.into()],
-        |row| tick_of(row, &TICK),
+        tick_of,
     )
     .pop()
     .flatten()
 }
 
-/// Gives ticks whose time has not come the present time, and keeps their order: the clock was put back. Otherwise a later
-/// tick would have an earlier time, and what lies between them would never be purged.
-pub(crate) fn follow_clock() {
-    run(
-        "with clock as materialized (select clock_timestamp() as now),
-        ahead as (
-            select f.backend_number, f.reached_at, c.now - row_number() over (
-                partition by f.backend_number order by f.reached_at desc) * '1 microsecond'::interval as followed_at
-            from clock c, outbox.ticks f where f.reached_at > c.now
+/// The recorded ticks of all backends, as a transaction writes them: with none whose time has not come.
+pub(crate) struct RecordedTicks(());
+
+impl RecordedTicks {
+    /// Gives ticks whose time has not come the present time, and keeps their order: the clock was put back. Otherwise a
+    /// later tick would have an earlier time, and what lies between them would never be purged.
+    pub(crate) fn by_the_clock() -> Self {
+        run(
+            "with clock as materialized (select clock_timestamp() as now),
+            ahead as (
+                select f.backend_number, f.reached_at, c.now - row_number() over (
+                    partition by f.backend_number order by f.reached_at desc) * '1 microsecond'::interval as followed_at
+                from clock c, outbox.ticks f where f.reached_at > c.now
+            )
+            update outbox.ticks t set reached_at = a.followed_at
+            from ahead a where t.backend_number = a.backend_number and t.reached_at = a.reached_at",
+            &[],
+        );
+        Self(())
+    }
+
+    /// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning of
+    /// time.
+    pub(crate) fn record(&self, number: i32, tick: &Tick) {
+        run(
+            &format!(
+                "insert into outbox.ticks (backend_number, reached_at, {COLUMNS})
+                select $1, '-infinity', '3:3:', '3', 0, 0
+                where not exists (select from outbox.ticks t where t.backend_number = $1)"
+            ),
+            &[number.into()],
+        );
+        self.record_last(&[number], tick);
+    }
+
+    /// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be purged.
+    /// A backend that never had a tick has nothing to purge.
+    pub(crate) fn record_last(&self, numbers: &[i32], tick: &Tick) {
+        let numbers = ("numbers", numbers.to_vec().into());
+        run_named(
+            &format!(
+                "insert into outbox.ticks (backend_number, reached_at, {COLUMNS})
+                select n, clock_timestamp(), {VALUES} from unnest($numbers) n
+                where exists (select from outbox.ticks t where t.backend_number = n) on conflict do nothing"
+            ),
+            tick_parameters(tick).into_iter().chain([numbers]),
+        );
+    }
+
+    /// Deletes the ticks of deleted backends that have neither a cursor nor anything left to purge. Returns the other
+    /// deleted backends without a cursor: their events still have to be purged.
+    pub(crate) fn of_forgotten(&self) -> Vec<i32> {
+        run(
+            "delete from outbox.ticks t where t.backend_number > 0
+                and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
+                and not exists (select from outbox.backends b where b.number = t.backend_number)
+                and not exists (select from outbox.ticks o
+                    where o.backend_number = t.backend_number and o.reached_at <> t.reached_at)",
+            &[],
+        );
+        query_column(
+            "select distinct t.backend_number from outbox.ticks t where t.backend_number > 0
+                and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
+                and not exists (select from outbox.backends b where b.number = t.backend_number)",
+            &[],
         )
-        update outbox.ticks t set reached_at = a.followed_at
-        from ahead a where t.backend_number = a.backend_number and t.reached_at = a.reached_at",
-        &[],
-    );
-}
-
-/// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning of
-/// time. Called after [`follow_clock`].
-pub(crate) fn record_tick(number: i32, tick: &Tick) {
-    run(
-        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
-        select $1, '-infinity', '3:3:', '3', 0, 0
-        where not exists (select from outbox.ticks t where t.backend_number = $1)",
-        &[number.into()],
-    );
-    run_named(
-        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
-        values ($number, clock_timestamp(), $snapshot::pg_snapshot, $next_xid::xid8, $low_seq, $high_seq) on conflict do nothing",
-        [
-            ("number", number.into()),
-            ("snapshot", tick.snapshot.to_string().into()),
-            ("next_xid", tick.next_xid.to_string().into()),
-            ("low_seq", tick.low_seq.into()),
-            ("high_seq", tick.high_seq.into()),
-        ],
-    );
-}
-
-/// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be purged. A
-/// backend that never had a tick has nothing to purge.
-pub(crate) fn record_last_tick(numbers: &[i32], tick: &Tick) {
-    follow_clock();
-    run_named(
-        "insert into outbox.ticks (backend_number, reached_at, snapshot, next_xid, low_seq, high_seq)
-        select n, clock_timestamp(), $snapshot::pg_snapshot, $next_xid::xid8, $low_seq, $high_seq from unnest($numbers) n
-        where exists (select from outbox.ticks t where t.backend_number = n) on conflict do nothing",
-        [
-            ("numbers", numbers.to_vec().into()),
-            ("snapshot", tick.snapshot.to_string().into()),
-            ("next_xid", tick.next_xid.to_string().into()),
-            ("low_seq", tick.low_seq.into()),
-            ("high_seq", tick.high_seq.into()),
-        ],
-    );
-}
-
-/// Deletes the ticks of deleted backends that have neither a cursor nor anything left to purge. Returns the other
-/// deleted backends without a cursor: their events still have to be purged.
-pub(crate) fn of_forgotten() -> Vec<i32> {
-    run(
-        "delete from outbox.ticks t where t.backend_number > 0
-            and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
-            and not exists (select from outbox.backends b where b.number = t.backend_number)
-            and not exists (select from outbox.ticks o where o.backend_number = t.backend_number and o.reached_at <> t.reached_at)",
-        &[],
-    );
-    query_column(
-        "select distinct t.backend_number from outbox.ticks t where t.backend_number > 0
-            and exists (select from outbox.installation i where i.deleted_backends @> t.backend_number)
-            and not exists (select from outbox.backends b where b.number = t.backend_number)",
-        &[],
-    )
+    }
 }
 
 /// Which events of a backend may be purged: those between the tick up to which events were purged and the newest tick
 /// that is old enough.
 pub(crate) fn purgeable(number: i32, retention_us: i64) -> Option<(Arc<Tick>, Arc<Tick>)> {
     let ticks = query(
-        "(select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
-            where backend_number = $1 order by reached_at limit 1)
-        union all
-        (select snapshot::text, next_xid::text, low_seq, high_seq from outbox.ticks
-            where backend_number = $1 and reached_at <= clock_timestamp() - $2 * interval '1 microsecond'
-                and not exists (select from outbox.refused_events r where r.backend_number = $1 and r.accepted_in is null)
-            order by reached_at desc limit 1)",
+        &format!(
+            "(select {SELECTED} from outbox.ticks t where t.backend_number = $1 order by t.reached_at limit 1)
+            union all
+            (select {SELECTED} from outbox.ticks t
+                where t.backend_number = $1 and t.reached_at <= clock_timestamp() - $2 * interval '1 microsecond'
+                    and not exists (select from outbox.refused_events r
+                        where r.backend_number = $1 and r.accepted_in is null)
+                order by t.reached_at desc limit 1)"
+        ),
         &[number.into(), retention_us.into()],
-        |row| tick_of(row, &TICK),
+        tick_of,
     );
     match ticks.as_slice() {
         [Some(from), Some(to)] if from != to => Some((from.clone(), to.clone())),

@@ -12,7 +12,7 @@ use crate::server::process::{self, Aborted};
 use crate::server::report;
 use crate::tables::catalog;
 use crate::tables::events::EventsTable;
-use crate::tables::retention::AgedPiece;
+use crate::tables::retention::{AgedPiece, RecordedTicks};
 use crate::tables::{backends, refused, retention};
 use crate::worker::backend::Backend;
 use pgrx::datum::Interval;
@@ -182,9 +182,8 @@ impl Purge {
             .collect();
         if !due.is_empty() {
             process::transaction(|| {
-                retention::follow_clock();
-                due.iter()
-                    .for_each(|(number, tick)| retention::record_tick(*number, tick));
+                let recorded = RecordedTicks::by_the_clock();
+                due.iter().for_each(|(number, tick)| recorded.record(*number, tick));
                 catalog::expect_served();
             })?;
             let is_recorded = |b: &Backend| due.iter().any(|(number, _)| *number == b.number);
@@ -219,10 +218,7 @@ impl Purge {
             }
             self.next_look_at = now + interval;
             self.under_way = (!backends.is_empty()).then_some((0, 0));
-            self.forgotten = process::transaction(|| {
-                retention::follow_clock();
-                retention::of_forgotten()
-            })?;
+            self.forgotten = process::transaction(|| RecordedTicks::by_the_clock().of_forgotten())?;
             self.began_at = now;
         }
         while let Some((index, after)) = self.under_way {
