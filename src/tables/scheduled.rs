@@ -1,18 +1,13 @@
 //! Scheduled events: the worker moves those that are due to `outbox.events`.
 
-use crate::server::error::internal;
 use crate::tables::care::{self, Kept};
 use crate::tables::catalog;
 use crate::tables::found_row::FoundRow;
 use crate::tables::missing::Index;
 use crate::tables::restores;
-use crate::tables::rights;
-use crate::tables::sql::{
-    query_column, query_kept, run_kept, run_named, run_returning, timestamp, types_of, uuids, words,
-};
+use crate::tables::sql::{query_column, query_kept, run_kept, run_named, run_returning, timestamp, uuids, words};
 use crate::tables::trusted;
 use pgrx::pg_sys;
-use pgrx::spi::Spi;
 use std::collections::BTreeSet;
 
 /// Scheduled events that are due at the time $1, at most $2, except those that are held ($3). The time is a parameter
@@ -31,27 +26,17 @@ pub(crate) fn due_now(count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
 /// Of these scheduled events, those whose rows nobody has locked and those that no longer exist. The rows are locked
 /// until the end of the transaction.
 pub(crate) fn lockable(ids: &[[u8; 16]]) -> Vec<[u8; 16]> {
-    let mut free = Vec::new();
-    rights::writing(|| {
-        Spi::connect_mut(|client| {
-            let args = [uuids(ids)];
-            let sql = "with free as materialized (
-                    select s.event_id from outbox.scheduled_events s where s.event_id = any($1) for update skip locked)
-                select event_id from free
-                union all
-                select g.id from unnest($1) g(id)
-                where not exists (select from outbox.scheduled_events s where s.event_id = g.id)";
-            let statement = client.prepare_mut(sql, &types_of(&args));
-            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
-            let table = rights::execution(|| client.update(&statement, None, &args));
-            let table = table.unwrap_or_else(|e| internal(e.to_string()));
-            let found = FoundRow::for_all(table, |row| {
-                row.value::<pgrx::Uuid>("event_id").map(|id| *id.as_bytes())
-            });
-            free.extend(found.into_iter().flatten());
-        });
-    });
-    free
+    let free = run_returning(
+        "with free as materialized (
+            select s.event_id from outbox.scheduled_events s where s.event_id = any($1) for update skip locked)
+        select event_id from free
+        union all
+        select g.id from unnest($1) g(id)
+        where not exists (select from outbox.scheduled_events s where s.event_id = g.id)",
+        &[uuids(ids)],
+        |row| row.value::<pgrx::Uuid>("event_id").map(|id| *id.as_bytes()),
+    );
+    free.into_iter().flatten().collect()
 }
 
 /// What moving some of them came to.
@@ -63,9 +48,9 @@ pub(crate) struct Moved {
     pub last_us: Option<i64>,
 }
 
-/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, at most `count` (of few different ones), without those
-/// that are `held` and those whose rows somebody has locked. Sets all columns that the trigger would fill in, because the
-/// trigger may be switched off.
+/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, without those that are `held` and
+/// those whose rows somebody has locked: at most `count`, which takes few different values. Sets all columns that the
+/// trigger would fill in, because the trigger may be switched off.
 pub(crate) fn move_due(from_us: i64, now_us: i64, count: i64, held: &[[u8; 16]]) -> Moved {
     // The count is part of the text: a plan that is kept must know how few rows there are.
     let due_and_free = format!(

@@ -44,18 +44,6 @@ pub(crate) fn last(sequence: pg_sys::Oid) -> i64 {
 /// drawn number can be drawn again after a crash. `None`: another session has locked the sequence exclusively, and
 /// delivery must not wait for that.
 pub(crate) fn last_record(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
-    look(sequence)
-}
-
-/// A sentence that says so if the sequence has reached its end.
-pub(crate) fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
-    let maximum = maximum(sequence);
-    let is_reached = look(sequence).is_some_and(|(last, _)| last >= maximum);
-    is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
-}
-
-/// Reads its page, unless another session has locked the sequence exclusively.
-fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     // SAFETY: tries to take a lock within a transaction; raises an ERROR if the sequence no longer exists.
     let relation = unsafe {
         if !pg_sys::ConditionalLockRelationOid(sequence, LOCK) {
@@ -67,6 +55,13 @@ fn look(sequence: pg_sys::Oid) -> Option<(i64, u64)> {
     // SAFETY: locked and opened above.
     unsafe { pg_sys::relation_close(relation, LOCK) };
     Some(page)
+}
+
+/// A sentence that says so if the sequence has reached its end.
+pub(crate) fn end_reached(sequence: pg_sys::Oid) -> Option<String> {
+    let maximum = maximum(sequence);
+    let is_reached = last_record(sequence).is_some_and(|(last, _)| last >= maximum);
+    is_reached.then(|| format!("Its MAXVALUE is {maximum}, and that number was given."))
 }
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;

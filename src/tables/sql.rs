@@ -278,7 +278,7 @@ pub(crate) fn upsert<const KEYS: usize, const REST: usize>(
     );
 }
 
-pub(super) fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
+fn types_of(args: &[DatumWithOid<'_>]) -> Vec<PgOid> {
     args.iter().map(|a| PgOid::from(a.oid())).collect()
 }
 

@@ -109,9 +109,9 @@ pub(super) struct Worker {
     pub(super) waker: Arc<UnixStream>,
     pub(super) woken: UnixStream,
     pub(super) permits: SenderPermits,
-    /// Tests of backends that are running.
     /// Tests of backends that are asked for and have not begun.
-    pub(super) asked: Vec<Heard>,
+    pub(super) questions: Vec<Heard>,
+    /// Tests of backends that are running.
     pub(super) tests: Vec<BackendTest>,
     /// The token buckets of backends with a pace.
     pub(super) rates: Rates,
@@ -168,7 +168,7 @@ impl Worker {
             waker: Arc::new(waker),
             woken,
             permits: SenderPermits::new(),
-            asked: Vec::new(),
+            questions: Vec::new(),
             tests: Vec::new(),
             rates: Rates::default(),
             turns: Turns::default(),

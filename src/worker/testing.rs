@@ -17,13 +17,13 @@ impl Worker {
     /// asks must not get an answer about the backend as it was.
     pub(super) fn hear_questions(&mut self) {
         if self.slot.take_questions() {
-            self.asked.extend(std::iter::from_fn(shmem::hear_question));
+            self.questions.extend(std::iter::from_fn(shmem::hear_question));
         }
     }
 
     /// Starts tests that were asked for, and reports the results of those that have ended.
     pub(super) fn test_backends(&mut self) {
-        for question in std::mem::take(&mut self.asked) {
+        for question in std::mem::take(&mut self.questions) {
             if let Err(error) = self.begin_test(question) {
                 let error = Some(error);
                 question.answer(&text_of(&Found {

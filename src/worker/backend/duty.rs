@@ -14,8 +14,8 @@ pub(crate) enum Duty {
     /// Find hash slots of a cluster that have no lane yet (see `lanes.rs`). It sends nothing.
     Find(Box<Finder>),
     /// Fail the events of a deleted backend or of one of its lanes. `next_xid`: no transaction with this id or a higher
-    /// one had begun when the worker learned of the deletion.
-    Fail { lane: Option<u16>, next_xid: u64 },
+    /// one had begun when the worker learned of the deletion. `None`: it stays as long as the worker runs.
+    Fail { lane: Option<u16>, next_xid: Option<u64> },
     /// Look after events whose backend does not exist.
     Strays,
 }
@@ -59,7 +59,7 @@ impl Duty {
 
     /// The duty of a deleted backend, or of one of its lanes.
     pub(crate) fn of_deleted(lane: Option<u16>) -> Self {
-        let next_xid = ticks::next_xid();
+        let next_xid = Some(ticks::next_xid());
         Self::Fail { lane, next_xid }
     }
 

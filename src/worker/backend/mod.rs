@@ -263,19 +263,19 @@ impl Backend {
             && !self.is_held()
     }
 
-    /// For the reader of a deleted backend: no transaction with this id or a higher one had begun when the worker
-    /// learned of the deletion.
+    /// For the reader of a deleted backend that may go: no transaction with this id or a higher one had begun when the
+    /// worker learned of the deletion.
     pub(crate) fn deleted_before(&self) -> Option<u64> {
         match self.duty {
-            Duty::Fail { next_xid, .. } => Some(next_xid),
-            _ => None,
+            Duty::Fail { next_xid, .. } => next_xid,
+            Duty::Send(_) | Duty::Find(_) | Duty::Strays => None,
         }
     }
 
     /// Its cursor is needed as long as this worker runs.
     pub(crate) fn stays(&mut self) {
         if let Duty::Fail { next_xid, .. } = &mut self.duty {
-            *next_xid = u64::MAX;
+            *next_xid = None;
         }
     }
 
