@@ -1,4 +1,4 @@
-//! All functions that SQL calls, except those that publish.
+//! Functions that SQL calls and that belong to no other module. (The others stand beside what they use.)
 //!
 //! - [`status`] what the views ask; [`meters`] counters
 //! - [`health`] what `outbox.health()` asks in addition

@@ -178,10 +178,53 @@ impl Database {
         self.look && self.worker.is_none() && !stranger()
     }
 
-    /// Takes over what the catalog says now.
+    /// Starts a worker there, unless it has to wait. `starting`: how many others are not at work yet.
+    fn try_start(&mut self, id: pg_sys::Oid, starting: usize) -> Attempt {
+        if !self.is_open || !guc::serves(&self.name) {
+            return Attempt::LeftOut;
+        }
+        let wait = self.not_before.map(|at| at.saturating_duration_since(Instant::now()));
+        if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+            return Attempt::Later(wait);
+        }
+        if self.has_extension {
+            match shmem::claim_database_slot(id) {
+                Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
+                Some(_) => {}
+                None => return Attempt::NoneFree,
+            }
+        }
+        if starting >= starting_at_once() {
+            // The launcher is woken when one of the started workers is at work or has ended.
+            return Attempt::Later(RETRY_WAIT);
+        }
+        if databases::is_locked(id) {
+            let since = *self.locked_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < LONGEST_LOCKED_WAIT {
+                return Attempt::Later(LOCKED_WAIT);
+            }
+        }
+        match shmem::claim_database_slot(id).is_some_and(|slot| start(slot, self)) {
+            true => Attempt::Started,
+            false => Attempt::NoneFree,
+        }
+    }
+
+    /// Notes what the catalog says now.
     fn learn(&mut self, found: FoundDatabase) {
         (self.name, self.is_template, self.is_open) = (found.name, found.is_template, found.is_open);
     }
+}
+
+/// What became of an attempt to start a worker.
+enum Attempt {
+    Started,
+    /// The settings or an administrator exclude the database.
+    LeftOut,
+    /// To be tried again after this time.
+    Later(Duration),
+    /// No slot or no process is free.
+    NoneFree,
 }
 
 #[derive(Default)]
@@ -308,7 +351,7 @@ impl Launcher {
         }
     }
 
-    /// Starts the workers that are due, as far as processes are free.
+    /// Starts the workers that are due, as far as processes are free. Returns when to come back.
     fn start_wanted(&mut self) -> Option<Duration> {
         let mut again: Option<Duration> = None;
         let mut sooner = |wait: Duration| again = Some(again.map_or(wait, |a| a.min(wait)));
@@ -321,58 +364,31 @@ impl Launcher {
             (!database.has_extension, database.is_template)
         });
         for oid in order {
-            let Some(database) = self.databases.get_mut(&oid) else {
+            let id = pg_sys::Oid::from(oid);
+            let Some(database) = self
+                .databases
+                .get_mut(&oid)
+                .filter(|database| database.lacks_worker(id))
+            else {
                 continue;
             };
-            let id = pg_sys::Oid::from(oid);
-            if !database.lacks_worker(id) {
-                continue;
-            }
-            if !database.is_open || !guc::serves(&database.name) {
-                left_out.extend(database.has_extension.then_some(oid));
-                continue;
-            }
-            if let Some(wait) = database
-                .not_before
-                .map(|at| at.saturating_duration_since(Instant::now()))
-                && !wait.is_zero()
-            {
-                sooner(wait);
-                continue;
-            }
-            if database.has_extension {
-                match shmem::claim_database_slot(id) {
-                    Some(slot) if slot.state() == SlotState::Absent => slot.set_state(SlotState::Wanted),
-                    Some(_) => {}
-                    None => {
-                        sooner(RETRY_WAIT);
-                        waiting.push(oid);
-                        continue;
-                    }
+            match database.try_start(id, starting) {
+                Attempt::Started => starting += 1,
+                Attempt::LeftOut => left_out.extend(database.has_extension.then_some(oid)),
+                Attempt::Later(wait) => sooner(wait),
+                Attempt::NoneFree => {
+                    sooner(RETRY_WAIT);
+                    waiting.push(oid);
                 }
-            }
-            if starting >= starting_at_once() {
-                // The launcher is woken when one of the started workers is at work or has ended.
-                sooner(RETRY_WAIT);
-                continue;
-            }
-            if databases::is_locked(id) {
-                let since = *database.locked_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < LONGEST_LOCKED_WAIT {
-                    sooner(LOCKED_WAIT);
-                    continue;
-                }
-            }
-            let started = shmem::claim_database_slot(id).is_some_and(|slot| start(slot, database));
-            if started {
-                starting += 1;
-            } else {
-                sooner(RETRY_WAIT);
-                waiting.push(oid);
             }
         }
         if let Some(wait) = self.tell_of_left_out(&left_out) {
             sooner(wait);
+        }
+        for oid in &waiting {
+            if let Some(slot) = shmem::database_slot_of(pg_sys::Oid::from(*oid)) {
+                slot.set_state(SlotState::Short);
+            }
         }
         self.tell_of_shortage(&waiting);
         self.tell_of_failures();

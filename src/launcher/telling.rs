@@ -1,11 +1,9 @@
 //! What the launcher logs about databases that have no worker: the reason, repeated each minute while it lasts.
 
 use crate::launcher::{Launcher, RETRY_WAIT, WORTH_A_WORD};
-use crate::server::database_slot::SlotState;
 use crate::server::guc::{self, LogLevel};
 use crate::server::process::{log, repeat_log_after};
 use crate::server::shmem;
-use pgrx::pg_sys;
 use std::time::{Duration, Instant};
 
 /// A log line names at most this many databases.
@@ -60,12 +58,6 @@ impl Launcher {
         let known: Vec<&u32> = waiting.iter().filter(is_known).collect();
         let others = waiting.iter().filter(|oid| !self.databases[oid].is_template);
         let named: Vec<&u32> = if known.is_empty() { others.collect() } else { known };
-        for slot in waiting
-            .iter()
-            .filter_map(|oid| shmem::database_slot_of(pg_sys::Oid::from(*oid)))
-        {
-            slot.set_state(SlotState::Short);
-        }
         if named.is_empty() {
             self.short = None;
             return;

@@ -147,8 +147,8 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         #[cfg(not(feature = "pg15"))]
         pg_sys::InitMaterializedSRF(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
         let rendered = json::rendered(argument.value);
-        if let Err(text) = has_utf8_form(rendered) {
-            PublishError::Foreign { field: "events", text }.raise();
+        if let Err(why) = has_utf8_form(rendered) {
+            PublishError::NoUtf8Form { field: "events", why }.raise();
         }
         let text = match decoded(rendered) {
             Cow::Borrowed(text) => text,

@@ -2,8 +2,8 @@
 //! and if no route matches, to the default backend. Each destination must allow the event.
 
 use crate::publish::error::PublishError;
-use crate::publish::placing::{self, Addressed};
-use crate::publish::request::{Request, check_config, check_itself, decoded};
+use crate::publish::placing;
+use crate::publish::request::{Addressed, Request, check_config, check_itself, decoded};
 use crate::server::encoding::{has_utf8_form, to_server};
 use crate::server::guc;
 use crate::tables::catalog;

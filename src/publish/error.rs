@@ -1,6 +1,6 @@
 //! The reasons for refusing an event, with SQLSTATE and message.
 
-use crate::server::encoding::Foreign;
+use crate::server::encoding::NoUtf8Form;
 use crate::server::error::raise;
 use crate::tables::known_backends;
 use pgrx::PgSqlErrorCode;
@@ -69,7 +69,7 @@ pub(super) enum PublishError {
     #[error("a trigger has changed a row of outbox.events that only complete_event may fill in")]
     Changed,
     #[error("{field} has no UTF-8 form")]
-    Foreign { field: &'static str, text: Foreign },
+    NoUtf8Form { field: &'static str, why: NoUtf8Form },
     #[error("publish_events expects a JSON array of objects")]
     NotAnArray,
     #[error("invalid event in publish_events: {message}")]
@@ -100,7 +100,7 @@ impl PublishError {
             Self::TooLarge { .. } | Self::TooManyRoutes(_) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             Self::UnusableStreamName { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
-            Self::Foreign { text, .. } => text.code(),
+            Self::NoUtf8Form { why, .. } => why.code(),
             Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             // The SQLSTATE that jsonb uses for this.
             Self::Config(ConfigError::OutOfRange(_)) => ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
@@ -172,7 +172,7 @@ impl PublishError {
             Self::TwoPayloads(_) => "An event has one payload: JSON, or bytes.".into(),
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
             Self::Changed => "The relay relies on seq, xid, backend_number and event_id of each row.".into(),
-            Self::Foreign { text, .. } => text.detail(),
+            Self::NoUtf8Form { why, .. } => why.detail(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
         }
@@ -213,7 +213,7 @@ impl PublishError {
             Self::Changed => {
                 "Do not change these columns in a trigger. To replace an event, return NULL and publish another one."
             }
-            Self::Foreign { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
+            Self::NoUtf8Form { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
             Self::BadItem { .. } => {
                 "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \

@@ -6,7 +6,7 @@
 
 use crate::publish::appending::{Branches, Prepared, Tables};
 use crate::publish::destinations::Destination;
-use crate::publish::repeated_id::key_of;
+use crate::publish::repeated_id::id_index;
 use crate::server::error::raise;
 use crate::server::report;
 use crate::server::trigger_call::{When, expect_trigger};
@@ -143,7 +143,7 @@ fn first_row(relations: &Relations, pending: &Pending) -> Option<NewRow> {
             pg_sys::Datum::from(pending.key.event_id.as_ptr()),
         );
         let snapshot = &raw mut pg_sys::SnapshotSelfData;
-        let scan = pg_sys::systable_beginscan(relation, key_of(&relations, index), true, snapshot, 1, &mut id);
+        let scan = pg_sys::systable_beginscan(relation, id_index(&relations, index), true, snapshot, 1, &mut id);
         loop {
             let tuple = pg_sys::systable_getnext(scan);
             if tuple.is_null() {

@@ -6,24 +6,12 @@
 //! have.
 
 use crate::publish::error::PublishError;
-use crate::server::encoding::utf8;
+use crate::publish::request::{Addressed, decoded};
 use crate::tables::known_backends::KnownBackend;
 use crate::tables::publisher_limits::{self, Beyond};
 use crate::tables::stream_names::{self, Unnamed};
 use relay::event::stream_name::{NAME_LIMIT, Template, Values};
 use std::borrow::Cow;
-
-/// What decides the stream of an event; texts in the database's encoding.
-pub(super) struct Addressed<'a> {
-    pub event_type: Option<&'a [u8]>,
-    pub source: Option<&'a [u8]>,
-    pub subject: Option<&'a [u8]>,
-    /// The stream that the publisher or a route has named.
-    pub stream: Option<&'a [u8]>,
-    /// It was published before: if it names no stream, it belongs to its backend's own stream, even if that has changed
-    /// since.
-    pub keeps_stream: bool,
-}
 
 /// The stream that the row stores although the event names none: the one that the backend's template gives. `None`: the
 /// row stores the event's own stream, or none.
@@ -120,9 +108,4 @@ pub(super) fn from_template(template: &Template, event: &Addressed<'_>, backend:
         });
     }
     Ok(name)
-}
-
-fn decoded(text: &[u8]) -> Cow<'_, str> {
-    // SAFETY: the texts of an event are valid in the database's encoding.
-    unsafe { utf8(text) }
 }

@@ -14,9 +14,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::ffi::CStr;
 
-const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
-const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
-const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
+pub(super) const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
+pub(super) const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
+pub(super) const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
 const DELETE: pg_sys::AclMode = pg_sys::ACL_DELETE as pg_sys::AclMode;
 
 /// Checks the rights on the tables of a statement that is planned.
@@ -46,12 +46,12 @@ pub(crate) unsafe fn expect_rights(query: *mut pg_sys::Query) {
                 // What RETURNING and ON CONFLICT ask for is the matter of `returning`, which may take it off later.
                 let is_inserted_into = (*query).commandType == pg_sys::CmdType::CMD_INSERT
                     && (*query).resultRelation as usize == index + 1;
-                let asked = Asked {
+                let needed = NeededRights {
                     table: (*entry).relid,
                     rights: (*rights).requiredPerms & if is_inserted_into { INSERT } else { !0 },
                     filled_in: (*rights).insertedCols,
                 };
-                report::guard(|| asked.expect());
+                report::guard(|| needed.expect());
             }
         }
     }
@@ -102,7 +102,7 @@ fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
         }
     }
     let rights = if copy.is_from { INSERT } else { SELECT };
-    Asked {
+    NeededRights {
         table,
         rights,
         filled_in,
@@ -111,13 +111,13 @@ fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
 }
 
 /// The rights that a statement needs on the table.
-struct Asked {
+struct NeededRights {
     table: pg_sys::Oid,
     rights: pg_sys::AclMode,
     filled_in: *const pg_sys::Bitmapset,
 }
 
-impl Asked {
+impl NeededRights {
     /// Raises an ERROR if the caller is a publisher without these rights.
     fn expect(&self) {
         // Without a right to publish, the error of Postgres is enough.
@@ -154,7 +154,7 @@ impl Asked {
                  DO NOTHING. outbox.published_here() shows what this transaction has published.",
             ));
         }
-        let others: Vec<String> = match self.rights & INSERT != 0 && !self.has(INSERT) {
+        let others: Vec<String> = match self.rights & INSERT != 0 && !has(self.table, current_user(), INSERT) {
             // SAFETY: a set that lives as long as the statement.
             true => unsafe { columns(self.filled_in) }
                 .filter(|c| !self.may_fill_in(*c))
@@ -170,31 +170,40 @@ impl Asked {
         })
     }
 
-    /// On the table.
-    fn has(&self, right: pg_sys::AclMode) -> bool {
-        // SAFETY: a catalog look-up within a transaction.
-        unsafe { pg_sys::pg_class_aclcheck(self.table, pg_sys::GetUserId(), right) == pg_sys::AclResult::ACLCHECK_OK }
-    }
-
-    /// On the table, or on one of its columns.
     fn has_anywhere(&self, right: pg_sys::AclMode) -> bool {
-        let any = pg_sys::AclMaskHow::ACLMASK_ANY;
-        // SAFETY: as above.
-        let on_columns = || unsafe { pg_sys::pg_attribute_aclcheck_all(self.table, pg_sys::GetUserId(), right, any) };
-        self.has(right) || (right != DELETE && on_columns() == pg_sys::AclResult::ACLCHECK_OK)
+        has_anywhere(self.table, current_user(), right)
     }
 
     fn may_fill_in(&self, column: i16) -> bool {
-        // SAFETY: as above; the column is one of the table's.
+        // SAFETY: a catalog look-up within a transaction; the column is one of the table's.
         unsafe {
-            let user = pg_sys::GetUserId();
-            pg_sys::pg_attribute_aclcheck(self.table, column, user, INSERT) == pg_sys::AclResult::ACLCHECK_OK
+            pg_sys::pg_attribute_aclcheck(self.table, column, current_user(), INSERT) == pg_sys::AclResult::ACLCHECK_OK
         }
     }
 
     fn name(&self, column: i16) -> String {
         column_name(self.table, column).unwrap_or_else(|| column.to_string())
     }
+}
+
+fn current_user() -> pg_sys::Oid {
+    // SAFETY: a plain read.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// Whether a role has a right on the table.
+fn has(table: pg_sys::Oid, role: pg_sys::Oid, right: pg_sys::AclMode) -> bool {
+    // SAFETY: a catalog look-up within a transaction.
+    unsafe { pg_sys::pg_class_aclcheck(table, role, right) == pg_sys::AclResult::ACLCHECK_OK }
+}
+
+/// Whether a role has a right on the table, or on one of its columns.
+pub(super) fn has_anywhere(table: pg_sys::Oid, role: pg_sys::Oid, right: pg_sys::AclMode) -> bool {
+    let any = pg_sys::AclMaskHow::ACLMASK_ANY;
+    // SAFETY: as above.
+    let on_columns = || unsafe { pg_sys::pg_attribute_aclcheck_all(table, role, right, any) };
+    // Nobody has DELETE on a column.
+    has(table, role, right) || (right != DELETE && on_columns() == pg_sys::AclResult::ACLCHECK_OK)
 }
 
 /// `None`: it is the whole row, or there is no such column.

@@ -42,8 +42,9 @@ pub(super) fn is_new(relations: &Relations, sought: Sought<'_>, scheduled: bool,
     }
     let events = (relations.events, Index::EventId);
     let waiting = (relations.scheduled, Index::ScheduledEventId);
+    // Both must be there, whichever is asked first.
     for (_, index) in [events, waiting] {
-        key_of(relations, index);
+        id_index(relations, index);
     }
     let (own, other) = if scheduled {
         (waiting, events)
@@ -74,7 +75,7 @@ fn is_in((table, index): (pg_sys::Oid, Index), sought: Sought<'_>) -> bool {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         fault::reach(Point::BeforeIdLock);
         let (rel, relations) = catalog::open_table(table, lock);
-        let key = key_of(&relations, index);
+        let key = id_index(&relations, index);
         let mut entries: [pg_sys::ScanKeyData; 2] = std::mem::zeroed();
         let mut equals = |place: usize, column: usize, function: u32, value: pg_sys::Datum| {
             let function = pg_sys::Oid::from(function);
@@ -100,7 +101,7 @@ fn is_in((table, index): (pg_sys::Oid, Index), sought: Sought<'_>) -> bool {
 }
 
 /// The index of ids. Raises an ERROR if there is none.
-pub(super) fn key_of(relations: &Relations, index: Index) -> pg_sys::Oid {
+pub(super) fn id_index(relations: &Relations, index: Index) -> pg_sys::Oid {
     let key = match index {
         Index::ScheduledEventId => relations.scheduled_id_key,
         _ => relations.events_id_key,

@@ -2,7 +2,6 @@
 
 use crate::publish::error::PublishError;
 use crate::publish::json;
-use crate::publish::placing::Addressed;
 use crate::publish::trace;
 use crate::server::encoding::{has_utf8_form, utf8};
 use crate::server::guc;
@@ -36,6 +35,18 @@ pub(super) struct Request<'a> {
     /// When another outbox took the event in; `None`: now.
     pub created_at: Option<i64>,
     /// See [`Addressed`].
+    pub keeps_stream: bool,
+}
+
+/// What decides the stream of an event; texts in the database's encoding.
+pub(super) struct Addressed<'a> {
+    pub event_type: Option<&'a [u8]>,
+    pub source: Option<&'a [u8]>,
+    pub subject: Option<&'a [u8]>,
+    /// The stream that the publisher or a route has named.
+    pub stream: Option<&'a [u8]>,
+    /// It was published before: if it names no stream, it belongs to its backend's own stream, even if that has changed
+    /// since.
     pub keeps_stream: bool,
 }
 
@@ -117,7 +128,7 @@ fn check_size_and_encoding(request: &Request<'_>) -> Result<(), PublishError> {
     check_size(size_of(&texts))?;
     for (field, text) in texts.into_iter().chain([("backend", request.backend.as_deref())]) {
         if let Some(text) = text {
-            has_utf8_form(text).map_err(|text| PublishError::Foreign { field, text })?;
+            has_utf8_form(text).map_err(|why| PublishError::NoUtf8Form { field, why })?;
         }
     }
     Ok(())

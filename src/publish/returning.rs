@@ -10,16 +10,12 @@
 //! Statements that are still refused are refused here, with a better message. This looks at each statement that is
 //! analysed, and examines only INSERTs with such a clause.
 
-use crate::publish::refused_rights::{column_name, refuse};
+use crate::publish::refused_rights::{INSERT, SELECT, UPDATE, column_name, has_anywhere, refuse};
 use crate::server::query_tree::{columns, each_that_changes, rights, target};
 use crate::server::report;
 use crate::tables::catalog::{self, has_our_name};
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
-
-const SELECT: pg_sys::AclMode = pg_sys::ACL_SELECT as pg_sys::AclMode;
-const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
-const UPDATE: pg_sys::AclMode = pg_sys::ACL_UPDATE as pg_sys::AclMode;
 
 /// As [`permit`], for a statement that was analysed.
 ///
@@ -51,7 +47,7 @@ pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
         };
         let updates = !(*query).onConflict.is_null()
             && (*(*query).onConflict).action == pg_sys::OnConflictAction::ONCONFLICT_UPDATE;
-        let asked = Asked {
+        let needed = NeededColumns {
             table: (*entry).relid,
             user: match (*rights).checkAsUser {
                 pg_sys::InvalidOid => pg_sys::GetUserId(),
@@ -60,14 +56,14 @@ pub(super) unsafe fn permit(query: *mut pg_sys::Query) {
             columns: (*rights).selectedCols,
             updates,
         };
-        if (*rights).requiredPerms & SELECT != 0 && report::guard(|| is_own_alone(&asked)) {
+        if (*rights).requiredPerms & SELECT != 0 && report::guard(|| is_own_alone(&needed)) {
             (*rights).requiredPerms &= !SELECT;
         }
     }
 }
 
 /// Which rights an INSERT needs besides INSERT.
-struct Asked {
+struct NeededColumns {
     table: pg_sys::Oid,
     /// Whose rights count: the caller's, or those of a view's or a rule's owner.
     user: pg_sys::Oid,
@@ -77,31 +73,23 @@ struct Asked {
 
 /// Whether it needs only what a publisher itself gives. Raises an ERROR with an explanation if the caller is a
 /// publisher and lacks the remaining rights.
-fn is_own_alone(asked: &Asked) -> bool {
-    let ours = catalog::relations().is_some_and(|relations| relations.events == asked.table);
+fn is_own_alone(needed: &NeededColumns) -> bool {
+    let ours = catalog::relations().is_some_and(|relations| relations.events == needed.table);
     // With row security, Postgres checks the policies for SELECT only if the statement requires SELECT, so the
     // requirement stays.
-    if !ours || has_row_security(asked.table) {
+    if !ours || has_row_security(needed.table) {
         return false;
     }
     // SAFETY: a set of the statement, which is valid during its analysis.
-    let others: Vec<i16> = unsafe { columns(asked.columns) }
+    let others: Vec<i16> = unsafe { columns(needed.columns) }
         .filter(|column| !is_given(*column))
         .collect();
-    if others.is_empty() && !asked.updates {
+    if others.is_empty() && !needed.updates {
         return true;
     }
-    // SAFETY: catalog look-ups within a transaction.
-    unsafe {
-        let user = asked.user;
-        let has = |mode| {
-            let any = pg_sys::AclMaskHow::ACLMASK_ANY;
-            pg_sys::pg_class_aclcheck(asked.table, user, mode) == pg_sys::AclResult::ACLCHECK_OK
-                || pg_sys::pg_attribute_aclcheck_all(asked.table, user, mode, any) == pg_sys::AclResult::ACLCHECK_OK
-        };
-        if has(INSERT) && !has(SELECT) && !(asked.updates && has(UPDATE)) {
-            explain(asked, &others);
-        }
+    let has = |right| has_anywhere(needed.table, needed.user, right);
+    if has(INSERT) && !has(SELECT) && !(needed.updates && has(UPDATE)) {
+        explain(needed, &others);
     }
     false
 }
@@ -125,9 +113,9 @@ fn has_row_security(table: pg_sys::Oid) -> bool {
     }
 }
 
-fn explain(asked: &Asked, others: &[i16]) -> ! {
-    let name = |column: &i16| column_name(asked.table, *column).unwrap_or_else(|| "the whole row".to_owned());
-    let (detail, hint) = match asked.updates {
+fn explain(needed: &NeededColumns, others: &[i16]) -> ! {
+    let name = |column: &i16| column_name(needed.table, *column).unwrap_or_else(|| "the whole row".to_owned());
+    let (detail, hint) = match needed.updates {
         true => (
             "ON CONFLICT DO UPDATE would change an event, but events never change.".to_owned(),
             "Use ON CONFLICT (event_id) DO NOTHING.",

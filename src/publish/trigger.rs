@@ -86,7 +86,7 @@ extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
             let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
             let triggers = (*trigger.tg_relation).trigdesc;
             let is_new = !applied::puts_back();
-            if is_new && insertion::has_foreign_triggers(triggers, &relations.triggers) {
+            if is_new && insertion::has_other_triggers(triggers, &relations.triggers) {
                 let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
                 confirm(&row);
             } else {
@@ -129,10 +129,9 @@ fn confirm(row: &Row) {
         ..request_of(row)
     };
     match check(&request) {
-        Ok(checked) if checked.first.backend_number == key.backend_number => {}
-        // The backend's name comes from a dump, or somebody has changed it. The number decides.
+        // The backend's name may come from a dump, or somebody has changed it. The number decides.
         Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
-        Err(PublishError::Foreign { .. }) if is_copy() => {}
+        Err(PublishError::NoUtf8Form { .. }) if is_copy() => {}
         Err(e) => e.raise(),
     }
 }
@@ -447,7 +446,7 @@ fn check_restorable(request: &Request<'_>, row: &Row) -> Destinations {
         (Ok(checked), Some(number)) if checked.first.backend_number == number => checked,
         // An event that cannot be sent was accepted by an earlier version. It must fail when its turn comes, and must
         // not stop the restore of all others.
-        (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::Foreign { .. }), Some(number)) if is_copy() => {
+        (Ok(_) | Err(PublishError::UnknownBackend(_) | PublishError::NoUtf8Form { .. }), Some(number)) if is_copy() => {
             // SAFETY: a text of the row, if it is there.
             let name = row.get(attribute::BACKEND).map(|d| unsafe { bytes_of(d) });
             let name = name.filter(|name| has_utf8_form(name).is_ok());

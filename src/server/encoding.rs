@@ -7,6 +7,7 @@ use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::borrow::Cow;
 use std::ffi::CStr;
 use std::panic::AssertUnwindSafe;
+use std::str::Utf8Error;
 
 /// Text is converted in pieces of this many bytes where the result is not needed.
 const PIECE_BYTES: usize = 8_192;
@@ -31,14 +32,20 @@ fn encoding() -> u32 {
 
 /// Why a text has no UTF-8 form.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Foreign {
+pub(crate) enum NoUtf8Form {
     /// These bytes are not UTF-8, and the database (SQL_ASCII) does not say what encoding they are in.
     Invalid(Vec<u8>),
     /// This character of the database's encoding has no equivalent in Unicode.
     Unknown(Vec<u8>),
 }
 
-impl Foreign {
+impl NoUtf8Form {
+    /// The bytes of `text` that are not UTF-8, of which there are some.
+    fn invalid(text: &[u8], error: Utf8Error) -> Self {
+        let rest = &text[error.valid_up_to()..];
+        Self::Invalid(rest[..rest.len().min(error.error_len().unwrap_or(4))].to_vec())
+    }
+
     pub(crate) fn code(&self) -> PgSqlErrorCode {
         match self {
             Self::Invalid(_) => PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
@@ -76,19 +83,19 @@ fn encoding_name() -> String {
 
 /// Whether a text in the database's encoding has a UTF-8 form. This costs nothing in a UTF-8 database, and little for
 /// ASCII.
-pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), Foreign> {
+pub(crate) fn has_utf8_form(text: &[u8]) -> Result<(), NoUtf8Form> {
     match encoding() {
         pg_sys::pg_enc::PG_UTF8 => Ok(()),
         _ if text.is_ascii() => Ok(()),
-        pg_sys::pg_enc::PG_SQL_ASCII => std::str::from_utf8(text).map(|_| ()).map_err(|error| {
-            let rest = &text[error.valid_up_to()..];
-            Foreign::Invalid(rest[..rest.len().min(error.error_len().unwrap_or(4))].to_vec())
-        }),
+        pg_sys::pg_enc::PG_SQL_ASCII => match std::str::from_utf8(text) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(NoUtf8Form::invalid(text, error)),
+        },
         encoding => converts_to_utf8(text, encoding),
     }
 }
 
-fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
+fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), NoUtf8Form> {
     let (from, to) = (encoding as i32, pg_sys::pg_enc::PG_UTF8 as i32);
     // SAFETY: a catalog look-up in a transaction; the buffer has room for the longest result of a piece and its
     // terminator.
@@ -122,7 +129,7 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), Foreign> {
             return Ok(());
         }
         let length = pg_sys::pg_mblen(rest.as_ptr().cast()).max(1) as usize;
-        Err(Foreign::Unknown(rest[..length.min(rest.len())].to_vec()))
+        Err(NoUtf8Form::Unknown(rest[..length.min(rest.len())].to_vec()))
     }
 }
 
@@ -159,11 +166,10 @@ fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
     match std::str::from_utf8(bytes) {
         Ok(text) => Cow::Borrowed(text),
         Err(error) => {
-            let rest = &bytes[error.valid_up_to()..];
-            let foreign = Foreign::Invalid(rest[..rest.len().min(error.error_len().unwrap_or(4))].to_vec());
+            let why = NoUtf8Form::invalid(bytes, error);
             raise(
-                ErrorReport::new(foreign.code(), "invalid byte sequence for encoding \"UTF8\"", "")
-                    .set_detail(foreign.detail()),
+                ErrorReport::new(why.code(), "invalid byte sequence for encoding \"UTF8\"", "")
+                    .set_detail(why.detail()),
             )
         }
     }

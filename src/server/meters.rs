@@ -43,12 +43,12 @@ pub(crate) struct Meter {
     latency_sum_us: AtomicU64,
     recent: [Span; 2],
     /// The latest number of pending events, and an earlier one.
-    looks: [Look; 2],
+    looks: [PendingLook; 2],
 }
 
 /// How many events were pending at one time.
 #[repr(C)]
-struct Look {
+struct PendingLook {
     /// 0: never noted.
     at_ms: AtomicU64,
     pending: AtomicU64,
@@ -195,7 +195,7 @@ impl Meter {
     pub(crate) fn note_pending(&self, pending: u64) -> Option<(i64, f64)> {
         let now_ms = clock::since_boot_ms();
         let [latest, before] = &self.looks;
-        let ago_ms = |look: &Look| now_ms.saturating_sub(look.at_ms.load(Ordering::Relaxed));
+        let ago_ms = |look: &PendingLook| now_ms.saturating_sub(look.at_ms.load(Ordering::Relaxed));
         let compared = [before, latest]
             .into_iter()
             .find(|look| (LEAST_TREND_MS..MOST_TREND_MS).contains(&ago_ms(look)))
@@ -236,7 +236,7 @@ impl Meter {
     }
 }
 
-impl Look {
+impl PendingLook {
     fn set(&self, at_ms: u64, pending: u64) {
         self.at_ms.store(at_ms, Ordering::Relaxed);
         self.pending.store(pending, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use relay::reading::foreign::{Judge, Written, latest};
 use relay::reading::snapshot::Tick;
 
 /// The state of our triggers, and the last state of `outbox.events`'s trigger in which all rows had passed through it.
-pub(crate) struct Look {
+pub(crate) struct TriggerLook {
     pub broken: Vec<BrokenTrigger>,
     /// The state of the trigger, and the table's file.
     pub triggers: Option<String>,
@@ -49,7 +49,7 @@ impl BrokenTrigger {
     }
 }
 
-impl Look {
+impl TriggerLook {
     /// Whether rows may have come without the trigger since.
     pub(crate) fn is_touched(&self) -> bool {
         self.triggers != self.known_triggers || self.has_future_xid
@@ -67,7 +67,7 @@ pub(crate) fn trigger_state() -> Option<String> {
 }
 
 /// Examines our triggers, in a transaction.
-pub(crate) fn look() -> Option<Look> {
+pub(crate) fn look() -> Option<TriggerLook> {
     let broken = query(
         "select relation, name, found from outbox.broken_triggers()",
         &[],
@@ -81,7 +81,7 @@ pub(crate) fn look() -> Option<Look> {
         ),
         &[],
         |row| {
-            Some(Look {
+            Some(TriggerLook {
                 broken: broken.clone(),
                 triggers: row.value("triggers"),
                 filenode: row.value("filenode"),

@@ -29,7 +29,7 @@ pub(crate) fn refused_streams(number: i32, own_stream: &str) -> Vec<(String, u32
 }
 
 /// Which waiting events of a stream are looked for.
-pub(crate) struct Look {
+pub(crate) struct StreamSearch {
     pub stream: Rc<str>,
     /// At most so many.
     pub count: usize,
@@ -38,7 +38,7 @@ pub(crate) struct Look {
 }
 
 /// Sequence numbers of the next refused events of each of these streams, oldest first.
-pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[Look]) -> Vec<Vec<i64>> {
+pub(crate) fn next_waiting(number: i32, own_stream: &str, streams: &[StreamSearch]) -> Vec<Vec<i64>> {
     let mut found = vec![Vec::new(); streams.len()];
     let (own, named): (Vec<_>, Vec<_>) = (0..streams.len()).partition(|index| *streams[*index].stream == *own_stream);
     let counts = |indexes: &[usize]| -> Vec<i32> { indexes.iter().map(|index| streams[*index].count as i32).collect() };

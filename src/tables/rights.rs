@@ -20,7 +20,7 @@ use std::cell::Cell;
 use std::ffi::CStr;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Name {
+enum RunAs {
     /// With the caller's rights.
     Caller,
     /// With the rights of the tables' owner, for a caller who has not all of them.
@@ -30,42 +30,42 @@ enum Name {
 }
 
 thread_local! {
-    static NAME: Cell<Name> = const { Cell::new(Name::Caller) };
+    static RUN_AS: Cell<RunAs> = const { Cell::new(RunAs::Caller) };
 }
 
 /// Notes that this process is a worker.
-pub(crate) fn are_the_workers() {
-    NAME.set(Name::Worker);
+pub(crate) fn run_as_worker() {
+    RUN_AS.set(RunAs::Worker);
 }
 
 /// Runs `f`, whose statements may do more than the caller may. EXECUTE decides who may call the SQL function.
 pub(crate) fn of_owner<R>(f: impl FnOnce() -> R) -> R {
-    if NAME.get() != Name::Caller {
+    if RUN_AS.get() != RunAs::Caller {
         return f();
     }
     // For what needs rights outside of statements. Each statement looks up the owner again when its tables are locked.
-    scoped::with(&NAME, Name::Owner, || as_user(catalog::owner(), f))
+    scoped::with(&RUN_AS, RunAs::Owner, || as_user(catalog::owner(), f))
 }
 
 const SEARCH_PATH: (&CStr, &CStr) = (c"search_path", c"pg_catalog, pg_temp");
 
 /// Runs `f`, which makes and executes a statement that writes, without the session's settings in effect.
 pub(crate) fn writing<R>(f: impl FnOnce() -> R) -> R {
-    match NAME.get() {
-        Name::Worker => f(),
-        Name::Owner => with_settings(&[SEARCH_PATH], || {
+    match RUN_AS.get() {
+        RunAs::Worker => f(),
+        RunAs::Owner => with_settings(&[SEARCH_PATH], || {
             silence::begin();
             f()
         }),
-        Name::Caller => with_settings(&[SEARCH_PATH], f),
+        RunAs::Caller => with_settings(&[SEARCH_PATH], f),
     }
 }
 
 /// The same of a statement that reads only: it fires no triggers.
 pub(crate) fn reading<R>(f: impl FnOnce() -> R) -> R {
-    match NAME.get() {
-        Name::Worker => f(),
-        Name::Owner | Name::Caller => with_settings(&[SEARCH_PATH], f),
+    match RUN_AS.get() {
+        RunAs::Worker => f(),
+        RunAs::Owner | RunAs::Caller => with_settings(&[SEARCH_PATH], f),
     }
 }
 
@@ -145,9 +145,9 @@ pub(crate) fn with_settings<R>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> 
 
 /// Runs `f`, which executes a statement that is already parsed: its tables are locked, so their owner cannot change.
 pub(crate) fn execution<R>(f: impl FnOnce() -> R) -> R {
-    match NAME.get() {
-        Name::Caller => f(),
-        Name::Owner | Name::Worker => as_user(catalog::owner(), f),
+    match RUN_AS.get() {
+        RunAs::Caller => f(),
+        RunAs::Owner | RunAs::Worker => as_user(catalog::owner(), f),
     }
 }
 

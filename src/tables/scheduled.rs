@@ -10,16 +10,16 @@ use crate::tables::trusted;
 use pgrx::pg_sys;
 use std::collections::BTreeSet;
 
-/// Scheduled events that are due at the time $1, at most $2, except those that are held ($3). The time is a parameter
+/// Scheduled events that are due at the time $1, at most $2, except those that are set aside ($3). The time is a parameter
 /// so that the index is read only up to it; a clock function would be evaluated for each row.
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
 
-/// Scheduled events that are due, without those that are `held`: at most `count`.
-pub(crate) fn due_now(count: i64, held: &[[u8; 16]]) -> Vec<[u8; 16]> {
+/// Scheduled events that are due, without those that are set `aside`: at most `count`.
+pub(crate) fn due_now(count: i64, aside: &[[u8; 16]]) -> Vec<[u8; 16]> {
     // SAFETY: reads the clock.
     let now_us = unsafe { pg_sys::GetCurrentTimestamp() };
-    let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(held)]);
+    let ids: Vec<pgrx::Uuid> = query_column(DUE, &[timestamp(now_us), count.into(), uuids(aside)]);
     ids.iter().map(|id| *id.as_bytes()).collect()
 }
 
@@ -48,23 +48,23 @@ pub(crate) struct Moved {
     pub last_us: Option<i64>,
 }
 
-/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, without those that are `held` and
+/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, without those that are set `aside` and
 /// those whose rows somebody has locked: at most `count`, which takes few different values. Sets all columns that the
 /// trigger would fill in, because the trigger may be switched off.
-pub(crate) fn move_due(from_us: i64, now_us: i64, count: i64, held: &[[u8; 16]]) -> Moved {
+pub(crate) fn move_due(from_us: i64, now_us: i64, count: i64, aside: &[[u8; 16]]) -> Moved {
     // The count is part of the text: a plan that is kept must know how few rows there are.
     let due_and_free = format!(
         "select d.event_id, d.branch from outbox.scheduled_events d
         where d.scheduled_at >= $3 and d.scheduled_at <= $1 and d.event_id <> all($2)
         order by d.scheduled_at, d.seq limit {count} for update skip locked"
     );
-    let arguments = [timestamp(now_us), uuids(held), timestamp(from_us)];
+    let arguments = [timestamp(now_us), uuids(aside), timestamp(from_us)];
     move_scheduled(&due_and_free, |sql| run_kept(sql, &arguments, moved_row))
 }
 
 /// The same one by one: an event that cannot be moved fails alone.
-pub(crate) fn move_due_one_by_one(count: i64, held: &[[u8; 16]]) -> Moved {
-    let due = due_now(count, held);
+pub(crate) fn move_due_one_by_one(count: i64, aside: &[[u8; 16]]) -> Moved {
+    let due = due_now(count, aside);
     for id in &due {
         let id = pgrx::Uuid::from_bytes(*id);
         if let Err(error) =
@@ -152,13 +152,13 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<(Option<i32>, Op
     }
 }
 
-/// When the next scheduled event that is not `held` is due, from `from_us` on (`None`: there is none), and the present
+/// When the next scheduled event that is not set `aside` is due, from `from_us` on (`None`: there is none), and the present
 /// time, in microseconds since 2000.
-pub(crate) fn next_due(from_us: i64, held: &[[u8; 16]]) -> (Option<i64>, i64) {
+pub(crate) fn next_due(from_us: i64, aside: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query_kept(
         "select s.scheduled_at from outbox.scheduled_events s where s.scheduled_at >= $2 and s.event_id <> all($1)
         order by s.scheduled_at, s.seq limit 1",
-        &[uuids(held), timestamp(from_us)],
+        &[uuids(aside), timestamp(from_us)],
         |row| row.datum("scheduled_at").map(|d| d.value() as i64),
     );
     // SAFETY: reads the clock.

@@ -92,8 +92,8 @@ extern "C-unwind" fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
             (*fcinfo).isnull = false;
             (arguments[0].value.value() as i32, bytes_of(arguments[1].value))
         };
-        if let Err(foreign) = encoding::has_utf8_form(password) {
-            raise(ErrorReport::new(foreign.code(), "the password has no UTF-8 form", "").set_detail(foreign.detail()));
+        if let Err(why) = encoding::has_utf8_form(password) {
+            raise(ErrorReport::new(why.code(), "the password has no UTF-8 form", "").set_detail(why.detail()));
         }
         // SAFETY: the text was checked above.
         let password = unsafe { encoding::utf8(password) };

@@ -37,7 +37,7 @@ pub(crate) fn query<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&F
 
 /// A statement that runs often.
 #[derive(Clone, Copy)]
-struct Kept {
+struct KeptStatement {
     statement: &'static OwnedPreparedStatement,
     /// The same statement, never executed. Whoever gets its plan locks its tables. Only of a statement that reads.
     locks: pg_sys::SPIPlanPtr,
@@ -45,12 +45,12 @@ struct Kept {
 
 thread_local! {
     /// Plans by their statements. They are kept as long as the process lives.
-    static KEPT: RefCell<HashMap<String, Kept>> = RefCell::default();
+    static KEPT: RefCell<HashMap<String, KeptStatement>> = RefCell::default();
 }
 
 /// A statement that runs often, parsed and planned once. The plan must be good however large its tables become, so it
 /// uses indexes where it can.
-fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> Kept {
+fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> KeptStatement {
     let known = KEPT.with_borrow(|kept| kept.get(sql).copied());
     known.unwrap_or_else(|| {
         let (made, locks) = match writes {
@@ -60,7 +60,7 @@ fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bo
         let made = made.unwrap_or_else(|e| internal(e.to_string())).keep();
         // It is never freed: the process's memory ends with the process.
         let statement: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
-        let kept = Kept { statement, locks };
+        let kept = KeptStatement { statement, locks };
         KEPT.with_borrow_mut(|all| all.insert(sql.to_owned(), kept));
         kept
     })
@@ -80,7 +80,7 @@ fn kept_plan(sql: &str, args: &[DatumWithOid<'_>]) -> pg_sys::SPIPlanPtr {
 }
 
 /// Locks the tables of a statement that reads, until the transaction ends.
-fn lock_tables(kept: Kept) {
+fn lock_tables(kept: KeptStatement) {
     // SAFETY: connected to SPI, a kept plan of one statement; what was got is released with the same owner.
     unsafe {
         let plan = pg_sys::SPI_plan_get_cached_plan(kept.locks);

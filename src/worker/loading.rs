@@ -20,7 +20,7 @@ use crate::worker::leave::leave_process;
 use crate::worker::recovery;
 use crate::worker::state::Generation;
 use crate::worker::state::Loaded;
-use crate::worker::state::{SETTLE_AT_CHANGE, Worker};
+use crate::worker::state::{REPLIES_AT_CHANGE, Worker};
 use crate::worker::task::Task;
 use pgrx::pg_sys;
 use relay::delivery::Guarantee;
@@ -44,7 +44,7 @@ struct LoadedRows {
 }
 
 /// The result of reading the database once.
-struct Look {
+struct DatabaseLook {
     /// The extension's version. `None`: it is not installed.
     version: Option<String>,
     generation: u64,
@@ -137,14 +137,14 @@ impl Worker {
             if generation != self.generation {
                 self.mending.look_again(rows.triggers.as_deref());
             }
-            if self.settles_in(&rows.installation)? {
+            if self.identify(&rows.installation)? {
                 return self.load(nudged, now);
             }
             if rows.more_restores {
                 // They belong to the next tick. Everything is loaded again before that tick's rows are read.
                 (generation, self.work) = (Generation::Stale, true);
             }
-            outcome = self.take_over_rows(rows.backends, rows.deleted, all, now)?;
+            outcome = self.apply_rows(rows.backends, rows.deleted, all, now)?;
         }
         (self.generation, self.settings_changed) = (generation, false);
         self.give_up_comparing(now)?;
@@ -167,7 +167,7 @@ impl Worker {
     }
 
     /// Reads the tables if they have changed since they were last read, or if they may have (`changed`).
-    fn look(&self, changed: bool) -> Result<Look, Aborted> {
+    fn look(&self, changed: bool) -> Result<DatabaseLook, Aborted> {
         let newest = self.newest();
         process::transaction(|| {
             // Processes invalidations, so that the generation is up to date. SAFETY: within a transaction.
@@ -188,7 +188,7 @@ impl Worker {
                     more_restores: restores::has_later_restores(&newest.snapshot),
                 }
             });
-            Look {
+            DatabaseLook {
                 version,
                 generation,
                 rows,
@@ -253,7 +253,7 @@ impl Worker {
         shmem::wake_launcher();
         if !self.backends.is_empty() {
             // Wait for replies, so that acknowledged events are not sent again.
-            self.settle(SETTLE_AT_CHANGE, Backend::is_sending);
+            self.await_replies(REPLIES_AT_CHANGE, Backend::is_sending);
             self.save_unsaved(now);
             self.backends.clear();
         }
@@ -262,7 +262,7 @@ impl Worker {
 
     /// Finds out whether this database is a copy, and saves this run's identity, unless that was done already. True:
     /// everything has to be loaded again.
-    fn settles_in(&mut self, installation: &str) -> Result<bool, Aborted> {
+    fn identify(&mut self, installation: &str) -> Result<bool, Aborted> {
         // SAFETY: a plain read of the process's own variable.
         let database = unsafe { pg_sys::MyDatabaseId }.to_u32();
         let guard_prefix = format!("outbox_relay:guard:{installation}:{database}:");

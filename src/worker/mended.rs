@@ -1,6 +1,6 @@
 //! The state of mending: triggers that were switched off, and the progress of checking rows that came meanwhile.
 
-use crate::tables::foreign::{BrokenTrigger, Look};
+use crate::tables::foreign::{BrokenTrigger, TriggerLook};
 use relay::reading::foreign::{Judge, Written};
 use relay::reading::pace::{Pieces, Portion};
 use relay::reading::snapshot::Tick;
@@ -21,7 +21,7 @@ pub(super) struct Mending {
     /// Whether this worker has checked before: its backends' positions may be from after those rows.
     pub(super) has_looked: bool,
     /// The trigger was changed, so a sweep has to begin.
-    pub(super) touched: Option<Look>,
+    pub(super) touched: Option<TriggerLook>,
     pub(super) sweep: Option<Sweep>,
     pub(super) pieces: Pieces,
     pub(super) sweep_at: Now,

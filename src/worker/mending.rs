@@ -5,7 +5,7 @@ use crate::server::guc::LogLevel;
 use crate::server::process::repeat_log_after;
 use crate::server::process::{self, Aborted, log};
 use crate::tables::applied;
-use crate::tables::foreign::{self, Look};
+use crate::tables::foreign::{self, TriggerLook};
 use crate::worker::mended::Sweep;
 use crate::worker::state::Generation;
 use crate::worker::state::Worker;
@@ -109,7 +109,7 @@ impl Worker {
     }
 
     /// This comes first, so that the tick from before those rows is kept even if this worker ends.
-    fn begin_sweep(&mut self, look: Look) -> Result<(), Aborted> {
+    fn begin_sweep(&mut self, look: TriggerLook) -> Result<(), Aborted> {
         let clean = self.mending.clean.take();
         let is_rewritten = look.known_triggers.is_some() && look.is_rewritten() && clean.is_none();
         let mut known = look.known;

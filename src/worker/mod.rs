@@ -8,12 +8,35 @@
 //!    └─ save records and cursors, record ticks, purge
 //! ```
 //! The worker never waits for the network, and holds no transaction while it waits for anything. A task that fails
-//! delays no other task (`tasks.rs`): somebody who holds a lock delays only what needs it.
+//! delays no other task ([`tasks`]): somebody who holds a lock delays only what needs it.
+//!
+//! Most of what a round does has two files: what the worker does, as methods of [`Worker`](state::Worker), and what it
+//! keeps from round to round. The second file knows nothing of the first.
+//!
+//! | it does | | it keeps |
+//! |---|---|---|
+//! | this file | one round: in which order everything is done | [`state`] |
+//! | [`tasks`] | tries tasks again that have failed; saves | [`task`], [`troubles`] for `outbox.health()` |
+//! | [`loading`], [`reconciling`] | reads backends and settings; applies what has changed | [`backend`]: one backend at work |
+//! | [`connecting`] | decides which backends have a sender | [`turns`], [`permits`] |
+//! | [`recovery`] | brings backends with a guard up | `relay::recovery` |
+//! | [`reading`], [`pass`] | takes ticks and reads for groups of backends; what one scan does | `relay::reading` |
+//! | [`passing_by`] | lets readers of backends that do not send pass rows of others | [`passed`] |
+//! | [`pacing`] | shares what backends with `max_rate` may send | [`rates`] |
+//! | [`retrying`] | sends refused events again | `relay::delivery` |
+//! | [`scheduled`] | moves scheduled events that are due | [`due`] |
+//! | [`mending`] | mends triggers, and rows that came without them | [`mended`] |
+//! | [`consumers`] | asks about consumer groups | |
+//! | [`testing`] | answers `outbox.test_backend()` | [`tested`] |
+//! | [`forgetting`] | forgets deleted backends | |
+//! | [`purging`] | decides what is purged next | [`purge`]: what is deleted |
+//! | [`leave`] | ends the process | |
 
 pub(crate) mod backend;
 mod connecting;
+mod consumers;
+mod due;
 mod forgetting;
-mod held;
 mod leave;
 mod loading;
 mod mended;
@@ -26,7 +49,6 @@ mod permits;
 mod purge;
 mod purging;
 mod rates;
-mod readers;
 mod reading;
 mod reconciling;
 mod recovery;
@@ -63,7 +85,7 @@ use std::io::Read;
 use std::time::Duration;
 
 /// How long a worker that was told to end waits for replies to batches in flight.
-const SETTLE_AT_END: Duration = Duration::from_millis(250);
+const REPLIES_AT_END: Duration = Duration::from_millis(250);
 /// How long it then waits until Redis has acknowledged the mark that the owner leaves.
 const RELEASE_AT_END: Duration = Duration::from_millis(100);
 /// The pause after an ERROR outside of all tasks.
@@ -97,7 +119,7 @@ pub extern "C-unwind" fn outbox_relay_worker(argument: pg_sys::Datum) {
             None,
         );
     }
-    rights::are_the_workers();
+    rights::run_as_worker();
     crate::server::pinned::pin_settings();
     Worker::new(slot).run();
 }
@@ -312,7 +334,7 @@ impl Worker {
         // What recovery has saved for backends that came up must be durable before their next batches.
         self.flush();
         // More events may have been restored while they were comparing.
-        if self.backends.iter().any(Backend::is_held) {
+        if self.backends.iter().any(Backend::waits_to_compare) {
             self.generation = Generation::Stale;
         }
     }
@@ -379,7 +401,7 @@ impl Worker {
     }
 
     /// Waits a moment for replies to batches in flight, so that nothing is in doubt when the senders end.
-    fn settle(&mut self, limit: Duration, concerned: impl Fn(&Backend) -> bool) {
+    fn await_replies(&mut self, limit: Duration, concerned: impl Fn(&Backend) -> bool) {
         let deadline = self.now() + limit;
         loop {
             let now = self.now();
@@ -394,7 +416,7 @@ impl Worker {
 
     /// Saves everything that is known, before the worker leaves.
     fn save_all(&mut self) {
-        self.settle(SETTLE_AT_END, Backend::is_sending);
+        self.await_replies(REPLIES_AT_END, Backend::is_sending);
         let now = self.now();
         // If only the worker ends, it comes back soon, and others must not conclude that the owner has left.
         if process::is_server_stopping() {
@@ -408,7 +430,7 @@ impl Worker {
                 None,
             );
         }
-        self.settle(RELEASE_AT_END, Backend::is_releasing);
+        self.await_replies(RELEASE_AT_END, Backend::is_releasing);
     }
 
     /// Ends the process in an orderly way.

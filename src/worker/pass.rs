@@ -249,7 +249,7 @@ pub(super) struct Retried {
 /// Builds the batch of the next events in refused streams.
 pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried {
     // One more says whether there are others.
-    let wanted = |r: &Retry| refused::Look {
+    let wanted = |r: &Retry| refused::StreamSearch {
         stream: r.stream.clone(),
         count: r.count + 1,
         first: backend.heads.of(&r.stream),
@@ -324,7 +324,7 @@ pub(super) fn fail_waiting(
     count: usize,
 ) -> (Vec<Record>, Vec<Rc<str>>) {
     let each = (count / failing.len().max(1)).max(1);
-    let wanted = |(stream, _): &(Rc<str>, Rc<str>)| refused::Look {
+    let wanted = |(stream, _): &(Rc<str>, Rc<str>)| refused::StreamSearch {
         stream: stream.clone(),
         count: each,
         first: backend.heads.of(stream),

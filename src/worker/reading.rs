@@ -77,7 +77,7 @@ impl Worker {
             let waits = leads_on && (is_paced || self.is_ready(&self.backends[index], now));
             let backend = &mut self.backends[index];
             // A backend that is paused or cannot read now still has rows to read.
-            let is_all_read = is_all_read && !leads_on && !backend.is_held();
+            let is_all_read = is_all_read && !leads_on && !backend.waits_to_compare();
             if !waits && backend.reads_for_redis() && backend.delivery.rest(is_all_read) {
                 backend.note_recovery(now);
             }
@@ -312,7 +312,7 @@ impl Worker {
         })?;
         match tick {
             Some((tick, wal, generation)) => {
-                self.take_over_tick(tick, wal);
+                self.use_tick(tick, wal);
                 match self.generation == Generation::Loaded(generation) {
                     true => self.mending.is_clean_at(&self.latest),
                     false => self.generation = Generation::Stale,
@@ -325,7 +325,7 @@ impl Worker {
     }
 
     /// What a tick sees may be sent, at once or when the standbys have it.
-    fn take_over_tick(&mut self, tick: Tick, wal: u64) {
+    fn use_tick(&mut self, tick: Tick, wal: u64) {
         if guc::SEND_AFTER.get() == SendAfter::StandbyFlush && !ticks::standbys_have(wal) {
             let look_at = self.now() + STANDBY_LOOK;
             self.awaited = Some(AwaitedTick {

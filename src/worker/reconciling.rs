@@ -6,7 +6,7 @@ use crate::tables::backends::BackendRow;
 use crate::tables::{cursors, refused};
 use crate::worker::backend::duty::Duty;
 use crate::worker::backend::{Backend, Home, Whose};
-use crate::worker::state::{Loaded, SETTLE_AT_CHANGE, Worker};
+use crate::worker::state::{Loaded, REPLIES_AT_CHANGE, Worker};
 use pgrx::pg_sys;
 use relay::reading::role::Role;
 use relay::redis::hash_slot::hash_slot_of;
@@ -18,7 +18,7 @@ type Change = (Whose, Option<BackendRow>);
 
 impl Worker {
     /// Applies changes. `all`: settings that concern every backend have changed.
-    pub(super) fn take_over_rows(
+    pub(super) fn apply_rows(
         &mut self,
         rows: Vec<BackendRow>,
         deleted: Vec<i32>,
@@ -39,7 +39,7 @@ impl Worker {
         if changes.is_empty() && numbers.all(is_known) {
             return Ok(Loaded::Same);
         }
-        self.settle_changed(&changes, now)?;
+        self.finish_changed(&changes, now)?;
         let (backends, home) = (&mut self.backends, &self.home);
         let missing = process::transaction(|| {
             for (whose, row) in changes {
@@ -84,14 +84,14 @@ impl Worker {
     }
 
     /// Waits a moment for replies to senders that are about to end, and saves what is known.
-    fn settle_changed(&mut self, changes: &[Change], now: Now) -> Result<(), Aborted> {
+    fn finish_changed(&mut self, changes: &[Change], now: Now) -> Result<(), Aborted> {
         let home = self.home.clone();
         let goes = |b: &Backend| {
             let change = changes.iter().find(|(whose, _)| *whose == b.whose());
             let stays = |row: &Option<BackendRow>| row.as_ref().is_some_and(|row| b.keeps_sender(row, &home));
             change.is_some_and(|(_, row)| !stays(row))
         };
-        self.settle(SETTLE_AT_CHANGE, |b| goes(b) && b.is_sending());
+        self.await_replies(REPLIES_AT_CHANGE, |b| goes(b) && b.is_sending());
         // Refused events will be looked up with the new settings, so all known refusals must be in the table.
         self.save_unsaved(now);
         let is_changed = |b: &&Backend| changes.iter().any(|(whose, _)| *whose == b.whose());

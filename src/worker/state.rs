@@ -5,7 +5,7 @@ use crate::server::process;
 use crate::server::questions::Heard;
 use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
-use crate::worker::held::Scheduled;
+use crate::worker::due::Scheduled;
 use crate::worker::mended::Mending;
 use crate::worker::passed::Passed;
 use crate::worker::permits::SenderPermits;
@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 /// How long the worker waits for replies to batches in flight when a backend's settings have changed. The other
 /// backends wait meanwhile.
-pub(super) const SETTLE_AT_CHANGE: Duration = Duration::from_millis(200);
+pub(super) const REPLIES_AT_CHANGE: Duration = Duration::from_millis(200);
 
 /// A tick that synchronous standbys have not flushed yet.
 pub(super) struct AwaitedTick {

@@ -15,7 +15,7 @@ const LOCK_LASTS: Duration = Duration::from_secs(30);
 /// A task that is no longer tried, because it is no longer due, counts as well after this time.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
-struct Trouble {
+struct TaskTrouble {
     since: Now,
     latest: Now,
     /// From when on it is reported.
@@ -26,7 +26,7 @@ struct Trouble {
 
 #[derive(Default)]
 pub(super) struct Troubles {
-    of_tasks: BTreeMap<Task, Trouble>,
+    of_tasks: BTreeMap<Task, TaskTrouble>,
     told: String,
 }
 
@@ -34,7 +34,7 @@ impl Troubles {
     /// A task has failed. `detail`: the reason, as a sentence.
     pub(super) fn failed(&mut self, task: Task, detail: String, hint: &str, is_lock: bool, now: Now) {
         let since = self.of_tasks.get(&task).map_or(now, |known| known.since);
-        let trouble = Trouble {
+        let trouble = TaskTrouble {
             since,
             latest: now,
             told_from: since + if is_lock { LOCK_LASTS } else { LASTS },

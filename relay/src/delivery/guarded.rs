@@ -243,7 +243,7 @@ impl Delivery {
         if stops {
             self.stop();
         } else {
-            self.settle();
+            self.ack_what_was_read();
         }
         records
     }

@@ -33,11 +33,11 @@ impl Delivery {
             // These are replies after the first one that blamed the backend.
             Some(_) | None => {}
         }
-        self.settle();
+        self.ack_what_was_read();
         records
     }
 
-    /// Takes the first `known` results of a flight: moves the cursor over settled rows, remembers what was accepted
+    /// Takes the first `known` results of a flight: moves the cursor over rows that were accepted or refused, remembers what was accepted
     /// beyond a gap, and returns what to record.
     pub(super) fn land(
         &mut self,
@@ -54,10 +54,10 @@ impl Delivery {
             Contents::Rows { end } => (false, end.under_way.is_none()),
             Contents::Waiting { .. } => (true, false),
         };
-        // Set at the first entry that is not settled, which the cursor cannot pass. If a batch ends its range, no
+        // Set at the first entry that blames the backend, which the cursor cannot pass. If a batch ends its range, no
         // position stands for a part of it.
         let mut gap = matches!(self.connection, ConnectionState::Draining { .. }) || (!whole && ends_range);
-        let mut settled: Option<i64> = None;
+        let mut passed: Option<i64> = None;
         for (index, entry) in flight.entries.iter().enumerate().take(known) {
             match refused.next_if(|r| r.0 == index) {
                 None => {
@@ -71,7 +71,7 @@ impl Delivery {
                 Some((_, failure)) => records.push(self.refused(entry, again, &failure, now, random)),
             }
             if !gap {
-                settled = Some(entry.seq);
+                passed = Some(entry.seq);
             } else if !again {
                 self.ahead.insert(entry.seq);
             }
@@ -93,7 +93,7 @@ impl Delivery {
                 }
             }
             Contents::Rows { end } => {
-                if let (Some(seq), Some(under_way)) = (settled, end.under_way) {
+                if let (Some(seq), Some(under_way)) = (passed, end.under_way) {
                     self.ack(Position::towards(end.from, under_way.to, seq));
                 }
             }
@@ -114,8 +114,8 @@ impl Delivery {
         self.streams.refused(entry, again, failure, now, wait)
     }
 
-    /// With nothing in flight, everything that was read is settled.
-    pub(super) fn settle(&mut self) {
+    /// With no rows in flight, everything that was read was accepted, parked or skipped.
+    pub(super) fn ack_what_was_read(&mut self) {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.contents, Contents::Rows { .. }));
         if !rows_in_flight && !matches!(self.connection, ConnectionState::Draining { .. }) {
             self.ack(self.read.clone());

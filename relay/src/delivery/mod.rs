@@ -202,7 +202,7 @@ impl Delivery {
         self.guarantee = guarantee;
     }
 
-    /// All rows up to this position are settled.
+    /// All rows up to this position were accepted or are written down.
     fn ack(&mut self, position: Position) {
         self.acked = position;
         if self.reread.as_ref().is_some_and(|reread| reread.is_done(&self.acked)) {
@@ -371,7 +371,7 @@ impl Delivery {
     pub fn advanced(&mut self, position: Position) {
         self.read = position;
         self.aside.append(&mut self.piece);
-        self.settle();
+        self.ack_what_was_read();
     }
 
     /// A batch went to the sender. Streams in which no other event waits are no longer blocked: rows for them that are

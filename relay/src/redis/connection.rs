@@ -249,7 +249,7 @@ mod tests {
     fn destination(address: Address) -> Destination {
         Destination {
             address,
-            route: crate::redis::destination::Route::Direct,
+            route: crate::redis::destination::NodeRoute::Direct,
             allowed_hosts: "*".parse().expect("a list"),
             tls: None,
             db: 0,

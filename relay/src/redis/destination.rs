@@ -12,7 +12,7 @@ use std::time::Duration;
 pub struct Destination {
     /// The address for a direct route. Other routes do not use it.
     pub address: Address,
-    pub route: Route,
+    pub route: NodeRoute,
     /// The hosts that it may connect to, on any route.
     pub allowed_hosts: AllowedHosts,
     /// Only on TCP.
@@ -31,7 +31,7 @@ pub struct Destination {
 
 /// How the node to write to is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Route {
+pub enum NodeRoute {
     /// It is at the destination's address.
     Direct,
     /// It is the primary of this name, according to one of these sentinels.
@@ -125,7 +125,7 @@ impl Address {
 }
 
 /// Shows where the node is, or which nodes are asked for it.
-impl fmt::Display for Route {
+impl fmt::Display for NodeRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = match self {
             Self::Direct => return Ok(()),

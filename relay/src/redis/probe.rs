@@ -71,7 +71,7 @@ pub fn spawn(
 /// Takes at most the timeouts of all steps.
 pub fn probe(destination: &Destination, stream: Option<&str>) -> Found {
     let mut found = Found::default();
-    step::at(Step::Route);
+    step::at(Step::FindNode);
     if let Err(failure) = look(destination, stream, &mut found) {
         found.error = Some(format!("{}: {}", step::current(), failure.message));
     }

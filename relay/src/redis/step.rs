@@ -7,7 +7,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Finds the node: asks sentinels, or nodes of a cluster.
-    Route,
+    FindNode,
     Resolve,
     Connect,
     Tls,
@@ -22,7 +22,7 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Route => "finding the node",
+            Self::FindNode => "finding the node",
             Self::Resolve => "resolve",
             Self::Connect => "connect",
             Self::Tls => "TLS",
@@ -36,7 +36,7 @@ impl fmt::Display for Step {
 }
 
 thread_local! {
-    static STEP: Cell<Step> = const { Cell::new(Step::Route) };
+    static STEP: Cell<Step> = const { Cell::new(Step::FindNode) };
 }
 
 pub fn at(step: Step) {

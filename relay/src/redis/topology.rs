@@ -6,7 +6,7 @@
 use crate::failure::{Class, Failure, Trouble};
 use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
 use crate::redis::connection::RedisConnection;
-use crate::redis::destination::{Address, Destination, Route, Secret};
+use crate::redis::destination::{Address, Destination, NodeRoute, Secret};
 use crate::redis::step::{self, Step};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::Reply;
@@ -47,14 +47,14 @@ pub fn open(destination: &Destination, found: &mut dyn FnMut(&Address)) -> Resul
         // the password.
         return Err(refusal);
     }
-    step::at(Step::Route);
+    step::at(Step::FindNode);
     match &destination.route {
-        Route::Direct => {
+        NodeRoute::Direct => {
             found(&destination.address);
             RedisConnection::open(destination)
         }
-        Route::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
-        Route::Cluster { nodes, hash_slot } => in_cluster(destination, nodes, *hash_slot, found),
+        NodeRoute::Sentinel { nodes, master } => by_sentinels(destination, nodes, master, found),
+        NodeRoute::Cluster { nodes, hash_slot } => in_cluster(destination, nodes, *hash_slot, found),
     }
 }
 
@@ -94,7 +94,7 @@ fn by_sentinels(
         }
     }
     if of_node.is_none() && unknown.is_some() {
-        step::at(Step::Route);
+        step::at(Step::FindNode);
     }
     let failure = of_node.or(unknown).or(silent);
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no sentinel to ask")))
@@ -203,7 +203,7 @@ fn in_cluster(
         }
     }
     if of_node.is_none() && unserved.is_some() {
-        step::at(Step::Route);
+        step::at(Step::FindNode);
     }
     let failure = of_node.or(unserved).or(silent);
     Err(failure.unwrap_or_else(|| Failure::configuration("there is no node to ask")))
@@ -211,7 +211,7 @@ fn in_cluster(
 
 /// Processes the failure of a connection. If it tells where a hash slot is, the next connection goes there first.
 pub fn heard(destination: &Destination, failure: Failure) -> Failure {
-    let Route::Cluster { nodes, hash_slot } = &destination.route else {
+    let NodeRoute::Cluster { nodes, hash_slot } = &destination.route else {
         return failure;
     };
     if let Some((moved, address)) = redirect_in(&failure.message)

@@ -118,7 +118,7 @@ unsafe fn is_ours_alone(relation: pg_sys::Relation, columns: usize, ours: &[pg_s
         let is_shaped = (*descriptor).natts as usize == columns
             && !NULLABLE.into_iter().any(|index| is_not_null(descriptor, index))
             && !has_constraints((*descriptor).constr);
-        is_plain && is_shaped && !has_foreign_triggers((*relation).trigdesc, ours)
+        is_plain && is_shaped && !has_other_triggers((*relation).trigdesc, ours)
     }
 }
 
@@ -155,7 +155,7 @@ unsafe fn has_constraints(constraints: *const pg_sys::TupleConstr) -> bool {
 ///
 /// # Safety
 /// A relation's triggers, or null.
-pub(crate) unsafe fn has_foreign_triggers(triggers: *const pg_sys::TriggerDesc, ours: &[pg_sys::Oid]) -> bool {
+pub(crate) unsafe fn has_other_triggers(triggers: *const pg_sys::TriggerDesc, ours: &[pg_sys::Oid]) -> bool {
     // SAFETY: the caller's promise; the array has the stated length.
     unsafe {
         let Some(triggers) = triggers.as_ref() else {

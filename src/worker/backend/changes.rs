@@ -38,7 +38,7 @@ impl Backend {
         }
     }
 
-    /// Takes over changed settings.
+    /// Applies changed settings.
     pub(crate) fn reconfigure(&mut self, row: BackendRow, home: &Home, now: Now) {
         let was_copy = self.is_copy();
         let was_unusable = self.duty.unusable().is_some();
@@ -64,7 +64,7 @@ impl Backend {
         if let Ok(guarantee) = row.options.delivery {
             self.delivery.set_guarantee(guarantee);
         }
-        self.take_over_row(row, home);
+        self.apply_row(row, home);
         if (was_copy && !self.is_copy()) || (was_unusable && self.duty.unusable().is_none()) {
             self.forget_trouble();
         }
@@ -77,7 +77,7 @@ impl Backend {
         self.books.change_since_saved();
     }
 
-    fn take_over_row(&mut self, row: BackendRow, home: &Home) {
+    fn apply_row(&mut self, row: BackendRow, home: &Home) {
         if self.becomes_finder(&row) {
             self.delivery.set_streams(Streams::default());
             self.duty = Duty::Find(Box::new(Finder::new(row, home)));

@@ -27,45 +27,45 @@ impl Backend {
     pub(crate) fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
         let mut row = self.without_compared(row);
         if !self.is_exactly_once() || self.lane().is_some() {
-            self.restored.holds = false;
+            self.restored.waits = false;
             return row;
         }
         let known = self.row().map_or(&[][..], |row| &row.restores);
         let is_new = row.restores.iter().any(|restore| !known.contains(restore));
-        let holds = is_new && (!known.is_empty() || now < self.restored.compares_at || self.is_sending());
-        if holds {
+        let waits = is_new && (!known.is_empty() || now < self.restored.compares_at || self.is_sending());
+        if waits {
             row.restores = known.to_vec();
         } else if is_new {
             self.restored.compares_at = now + COMPARE_PAUSE;
         }
-        self.restored.holds = holds;
+        self.restored.waits = waits;
         row
     }
 
     /// When its row has to be loaded again because restores wait.
     pub(crate) fn load_at(&self) -> Option<Now> {
         let waits = match self.is_exactly_once() {
-            true => self.restored.holds && !self.is_sending() && self.row().is_none_or(|row| row.restores.is_empty()),
+            true => self.restored.waits && !self.is_sending() && self.row().is_none_or(|row| row.restores.is_empty()),
             false => self.reads_for_redis() && self.is_restored(),
         };
         waits.then_some(self.restored.compares_at)
     }
 
     /// Whether there are restored events that it must not read yet, because they were not compared.
-    pub(crate) fn is_held(&self) -> bool {
-        self.restored.holds && self.is_exactly_once()
+    pub(crate) fn waits_to_compare(&self) -> bool {
+        self.restored.waits && self.is_exactly_once()
     }
 
     /// Whether it can use a newer tick. While restored events wait, it can do so only when the next comparison is due.
     pub(crate) fn wants_tick(&self, now: Now) -> bool {
-        self.is_ready(now) && (!self.is_held() || self.load_at().is_some_and(|at| at <= now))
+        self.is_ready(now) && (!self.waits_to_compare() || self.load_at().is_some_and(|at| at <= now))
     }
 
     /// The tick up to which it reads. `latest`: the newest tick whose events may be sent. While restored events wait,
     /// it reads only up to the tick that was compared.
     pub(crate) fn goal<'a>(&'a self, latest: &'a Arc<Tick>) -> &'a Arc<Tick> {
         let position = self.delivery.position();
-        if !self.is_held() || position.under_way.is_some() {
+        if !self.waits_to_compare() || position.under_way.is_some() {
             return position.to(latest);
         }
         let here = &position.from;
@@ -96,7 +96,7 @@ impl Backend {
     /// restores before it reads anything.
     pub(crate) fn has_compared(&mut self, now: Now) {
         self.restored.compared_to = self.restored.comparing_to.take();
-        self.restored.holds = true;
+        self.restored.waits = true;
         self.restored.compares_at = now + COMPARE_PAUSE;
     }
 

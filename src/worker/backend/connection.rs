@@ -6,7 +6,7 @@ use crate::server::random;
 use crate::server::threads::without_signals;
 use crate::tables::options::{Known, Unusable};
 use crate::worker::permits::SenderPermit;
-use relay::redis::destination::{Address, Destination, Protocol, Route};
+use relay::redis::destination::{Address, Destination, NodeRoute, Protocol};
 use relay::sender::Handle;
 use relay::sender::orders::{Order, Report};
 use relay::time::Now;
@@ -98,7 +98,7 @@ impl Connection {
 
     /// Whether the node is looked up, so that another one may replace the connected one.
     pub(crate) fn is_looked_up(&self) -> bool {
-        self.destination.as_ref().is_ok_and(|d| d.route != Route::Direct)
+        self.destination.as_ref().is_ok_and(|d| d.route != NodeRoute::Direct)
     }
 
     /// The key of the guard (exactly_once).
@@ -241,7 +241,7 @@ impl Connection {
         let address = if fails { &self.failed_at } else { &self.address };
         match (address, &self.destination) {
             (Some(address), _) => address.to_string(),
-            (None, Ok(destination)) if destination.route == Route::Direct => destination.address.to_string(),
+            (None, Ok(destination)) if destination.route == NodeRoute::Direct => destination.address.to_string(),
             (None, Ok(destination)) => destination.route.to_string(),
             (None, Err(_)) => String::new(),
         }

@@ -54,7 +54,7 @@ impl Backend {
     /// Lets the sender end. The next attempt uses another connection.
     pub(crate) fn let_go(&mut self) {
         self.recovery.reset();
-        self.loses_readers();
+        self.forget_survey();
         let Some(connection) = self.duty.connection_mut() else {
             return;
         };
@@ -183,7 +183,7 @@ impl Backend {
     }
 
     pub(super) fn drop_sender(&mut self) {
-        self.loses_readers();
+        self.forget_survey();
         if let Some(connection) = self.duty.connection_mut() {
             connection.drop_sender();
         }

@@ -7,7 +7,7 @@
 //! - [`entries`] from events to entries, and [`preview`] of one; [`books`] what is not saved yet, and [`saving`] it
 //! - [`heads`] where the waiting events of its refused streams begin
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
-//! - [`surveying`] the consumer groups of its streams; [`readers`] what is saved of the results
+//! - [`surveying`] the consumer groups of its streams; [`surveyed`] what is saved of the results
 //! - [`restored`] the state of restored events, [`comparing`] them; [`logged`] what was logged, and [`logging`]
 
 pub(crate) mod books;
@@ -26,10 +26,10 @@ mod logging;
 mod metered;
 mod metering;
 mod preview;
-mod readers;
 mod restored;
 pub(crate) mod saving;
 mod settings;
+mod surveyed;
 mod surveying;
 
 pub(crate) use settings::{Home, destination_to_test};
@@ -47,8 +47,8 @@ use crate::worker::backend::entries::Entries;
 use crate::worker::backend::heads::Heads;
 use crate::worker::backend::logged::Logged;
 use crate::worker::backend::metered::Metered;
-use crate::worker::backend::readers::Readers;
 use crate::worker::backend::restored::Restored;
+use crate::worker::backend::surveyed::LastSurvey;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
@@ -92,7 +92,7 @@ pub(crate) struct Backend {
     entries: Entries,
     pub metered: Metered,
     pub heads: Heads,
-    readers: Readers,
+    last_survey: LastSurvey,
 }
 
 /// The turn of a backend that shares permits with others, because there are fewer permits than backends.
@@ -181,7 +181,7 @@ impl Backend {
             entries,
             metered: Metered::default(),
             heads: Heads::default(),
-            readers: Readers::default(),
+            last_survey: LastSurvey::default(),
         }
     }
 
@@ -260,7 +260,7 @@ impl Backend {
             && self.delivery.is_up()
             && self.delivery.trouble().is_none()
             && self.books.records.is_empty()
-            && !self.is_held()
+            && !self.waits_to_compare()
     }
 
     /// For the reader of a deleted backend that may go: no transaction with this id or a higher one had begun when the

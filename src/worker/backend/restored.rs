@@ -12,7 +12,7 @@ pub(super) struct Restored {
     /// The highest id of the transactions that brought these events.
     pub(super) last_compared: u64,
     /// More events were restored meanwhile: nothing is read beyond `compared_to` until they are compared too.
-    pub(super) holds: bool,
+    pub(super) waits: bool,
     /// The tick that is being compared, and the one that was compared last.
     pub(super) comparing_to: Option<Arc<Tick>>,
     pub(super) compared_to: Option<Arc<Tick>>,
@@ -27,6 +27,6 @@ impl Restored {
     }
 
     pub(super) fn let_go(&mut self) {
-        self.holds = false;
+        self.waits = false;
     }
 }

@@ -7,7 +7,7 @@ use crate::tables::options::{Known, Options, Topology, Trimming, Unusable};
 use crate::tables::stream_names::{self, DEFAULT_STREAM, Unnamed};
 use relay::delivery::Guarantee;
 use relay::event::format::Encoder;
-use relay::redis::destination::{Address, ClientCertificate, Destination, Protocol, Route, Secret, Tls};
+use relay::redis::destination::{Address, ClientCertificate, Destination, NodeRoute, Protocol, Secret, Tls};
 use relay::redis::hash_slot::{hash_slot_of, tag_of};
 use relay::redis::replicas::Replicas;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -176,14 +176,14 @@ fn guard_key(home: &Home, number: i32, lane: Option<u16>) -> String {
 }
 
 /// How its node is found.
-fn route(options: &Options, lane: Option<u16>) -> Known<Route> {
+fn route(options: &Options, lane: Option<u16>) -> Known<NodeRoute> {
     let nodes = || match options.nodes.clone()? {
         nodes if nodes.is_empty() => Err(Unusable::null("nodes")),
         nodes => Ok(nodes),
     };
     Ok(match options.mode.clone()? {
-        Topology::Standalone => Route::Direct,
-        Topology::Sentinel => Route::Sentinel {
+        Topology::Standalone => NodeRoute::Direct,
+        Topology::Sentinel => NodeRoute::Sentinel {
             nodes: nodes()?,
             master: options
                 .sentinel_master
@@ -191,7 +191,7 @@ fn route(options: &Options, lane: Option<u16>) -> Known<Route> {
                 .ok_or_else(|| Unusable::null("sentinel_master"))?,
         },
         // Without a lane it never connects, so this value does not matter.
-        Topology::Cluster => Route::Cluster {
+        Topology::Cluster => NodeRoute::Cluster {
             nodes: nodes()?,
             hash_slot: lane.unwrap_or_default(),
         },

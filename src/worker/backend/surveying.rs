@@ -5,8 +5,8 @@ use crate::server::guc::LogLevel;
 use crate::server::process::log;
 use crate::tables::options::Trimming;
 use crate::worker::backend::Backend;
-use crate::worker::backend::readers::Readers;
 use crate::worker::backend::settings;
+use crate::worker::backend::surveyed::LastSurvey;
 use relay::consumers::group::Surveyed;
 use relay::consumers::readership::{LeftOut, Policy, Readership};
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
@@ -36,7 +36,7 @@ impl Backend {
         if policy.is_none() && (!is_viewed || !self.reads_for_redis()) {
             if self.delivery.readership().is_some() {
                 self.delivery.set_readership(None);
-                self.readers = Readers::default();
+                self.last_survey = LastSurvey::default();
             }
             return false;
         }
@@ -115,11 +115,11 @@ impl Backend {
             self.books.change(now);
         }
         self.log_left_out(left_out, now);
-        self.readers.found(found);
+        self.last_survey.found(found);
     }
 
     /// Forgets what was asked on a connection that is lost.
-    pub(super) fn loses_readers(&mut self) {
+    pub(super) fn forget_survey(&mut self) {
         if let Some(readership) = self.delivery.readership_mut() {
             readership.disconnected();
         }
@@ -127,17 +127,17 @@ impl Backend {
 
     /// What has to be saved of the last survey: everything if somebody looks at the view, otherwise only changes.
     pub(crate) fn unsaved_consumers(&self, is_viewed: bool) -> Option<&[Surveyed]> {
-        self.readers.unsaved(is_viewed)
+        self.last_survey.unsaved(is_viewed)
     }
 
     /// Called when that is saved.
     pub(crate) fn saved_consumers(&mut self) {
-        self.readers.is_saved();
+        self.last_survey.is_saved();
     }
 
     fn log_left_out(&mut self, left_out: Vec<LeftOut>, now: Now) {
         for LeftOut { stream, group, silent } in left_out {
-            if !self.readers.is_news(&stream, &group, now) {
+            if !self.last_survey.is_news(&stream, &group, now) {
                 continue;
             }
             let name = self.name();

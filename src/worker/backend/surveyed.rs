@@ -9,7 +9,7 @@ use std::sync::Arc;
 const MOST_LOGGED: usize = 100;
 
 #[derive(Default)]
-pub(super) struct Readers {
+pub(super) struct LastSurvey {
     /// The result of the last survey, until it is saved.
     found: Option<Vec<Surveyed>>,
     /// What was last saved.
@@ -17,7 +17,7 @@ pub(super) struct Readers {
     logged: Vec<(Arc<str>, GroupName, Now)>,
 }
 
-impl Readers {
+impl LastSurvey {
     pub(super) fn found(&mut self, found: Vec<Surveyed>) {
         self.found = Some(found);
     }

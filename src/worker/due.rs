@@ -1,4 +1,4 @@
-//! What is known of scheduled events: when the next is due, from which on they are looked for, and which are *held*.
+//! What is known of scheduled events: when the next is due, where the search for them begins, and which are *set aside*.
 
 use relay::reading::pace::{Pieces, Portion};
 use relay::time::Now;
@@ -8,8 +8,8 @@ use std::time::Duration;
 
 /// How long one round may move scheduled events. A transaction costs about half a millisecond, even for one event.
 const MOVE_TIME: Duration = Duration::from_millis(3);
-/// How soon to look again at a held event.
-const HELD_WAITS: Waits = Waits {
+/// How soon to look again at an event that is set aside.
+const ASIDE_WAITS: Waits = Waits {
     first: Duration::from_millis(50),
     longest: Duration::from_secs(1),
 };
@@ -28,16 +28,16 @@ pub(super) struct Scheduled {
     /// When that is by the time of day, in microseconds since 1970. The clock may be set meanwhile, or the machine be
     /// suspended.
     pub(super) next_due_us: Option<i64>,
-    pub(super) from: From,
+    pub(super) search: Search,
     pub(super) is_known: bool,
-    pub(super) held: BTreeSet<EventId>,
+    pub(super) aside: BTreeSet<EventId>,
     pub(super) patience: Patience<EventId>,
 }
 
-/// Where the search for due events begins. While an old snapshot may need them, events that were moved stay in the index,
-/// and a search passes them one by one. So a search begins where the last one moved events. Now and then it begins at the
-/// first event, because a transaction may have committed events that were due earlier.
-pub(super) struct From {
+/// Where the search for due events begins. While an old snapshot may need them, events that were moved stay in the
+/// index, and a search passes them one by one. So a search begins where the last one moved events. Now and then it
+/// begins at the first event, because a transaction may have committed events that were due earlier.
+pub(super) struct Search {
     moved_us: i64,
     /// When the next search may go through all of them.
     whole_at: Now,
@@ -49,7 +49,7 @@ pub(super) struct From {
     is_partial: bool,
 }
 
-impl Default for From {
+impl Default for Search {
     fn default() -> Self {
         Self {
             moved_us: i64::MIN,
@@ -61,7 +61,7 @@ impl Default for From {
     }
 }
 
-impl From {
+impl Search {
     /// The due time at which the next search begins.
     pub(super) fn begins(&mut self, now: Now) -> i64 {
         let is_whole_due = now >= self.whole_at && (self.is_idle || self.looks >= LOOKS_BETWEEN);
@@ -102,17 +102,17 @@ impl Default for Scheduled {
             pieces: Pieces::default(),
             next_due: None,
             next_due_us: None,
-            from: From::default(),
+            search: Search::default(),
             is_known: false,
-            held: BTreeSet::new(),
+            aside: BTreeSet::new(),
             patience: Patience::default(),
         }
     }
 }
 
 impl Scheduled {
-    pub(super) fn hold(&mut self, event_id: EventId, now: Now) {
-        self.held.insert(event_id);
-        self.patience.failed(event_id, "", true, HELD_WAITS, now);
+    pub(super) fn set_aside(&mut self, event_id: EventId, now: Now) {
+        self.aside.insert(event_id);
+        self.patience.failed(event_id, "", true, ASIDE_WAITS, now);
     }
 }
