@@ -3,37 +3,23 @@
 //!
 //! Rows have no time of sending. Instead, each backend records ticks: everything that this snapshot sees is delivered
 //! by now. Rows that are seen by a tick older than the retention may be deleted. Purging reads in the same way as
-//! delivery does, from the tick up to which was purged to the newest tick that is old enough.
+//! delivery does, from the tick up to which was purged to the newest tick that is old enough (`purge_piece.rs`).
 
-use crate::server::error::internal;
 use crate::server::guc;
-use crate::server::meters;
 use crate::server::process::{self, Aborted};
-use crate::server::report;
 use crate::tables::catalog;
-use crate::tables::events::EventsTable;
-use crate::tables::retention::{AgedPiece, RecordedTicks};
-use crate::tables::{backends, refused, retention};
+use crate::tables::retention::{self, AgedPiece, RecordedTicks};
 use crate::worker::backend::Backend;
-use pgrx::datum::Interval;
+use crate::worker::purge_piece::{purge_sent, sent_retention_us};
 use pgrx::guc::GucSetting;
-use pgrx::{pg_extern, pg_sys};
-use relay::reading::range::{RangeScan, Step};
 use relay::reading::snapshot::Tick;
 use relay::time::Now;
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How many rows one statement deletes; it takes about a tenth of a millisecond. Between two statements the worker
-/// checks whether an event has come.
-const STEP_ROWS: usize = 32;
 /// How many rows one transaction of the worker deletes at most.
 const PIECE_ROWS: usize = 1_000;
-/// How many numbers one scan reads. Index entries of deleted rows count too, because a scan passes them without
-/// interruption.
-const WINDOW_SEQS: i64 = 2_000;
 /// How many failed events or entries of the inbox are deleted at once.
 const AGED_ROWS: i64 = 100;
 /// How often they are deleted while events come.
@@ -164,7 +150,7 @@ impl Purge {
 
     /// Records what has been delivered by now, if that is due.
     pub(super) fn record_ticks(&mut self, now: Now, backends: &mut [Backend]) -> Result<(), Aborted> {
-        let Some(retention_us) = retention() else {
+        let Some(retention_us) = sent_retention_us() else {
             return Ok(());
         };
         let interval = tick_interval(retention_us);
@@ -208,7 +194,7 @@ impl Purge {
         allows: &dyn Fn(i32) -> bool,
         succeeded: &mut dyn FnMut(i32),
     ) -> Result<Option<Duration>, Aborted> {
-        let Some(retention_us) = retention() else {
+        let Some(retention_us) = sent_retention_us() else {
             return Ok(None);
         };
         let interval = tick_interval(retention_us);
@@ -257,7 +243,8 @@ impl Purge {
             process::show_activity(&format!("deleting events of {name} after their retention"));
             // If this backend fails because of a lock, the next step goes on with the next one.
             self.under_way = Some((index + 1, 0));
-            let (deleted, last) = process::transaction(|| piece(number, after, retention_us, PIECE_ROWS, is_over))?;
+            let (deleted, last) =
+                process::transaction(|| purge_sent(number, after, retention_us, PIECE_ROWS, is_over))?;
             succeeded(number);
             if let Some(backend) = backend {
                 backend.count_purged(deleted);
@@ -295,117 +282,10 @@ fn delivered(backends: &[Backend], backend: &Backend) -> Arc<Tick> {
 
 /// Whether sent events are deleted at all.
 pub(super) fn is_on() -> bool {
-    retention().is_some()
-}
-
-fn retention() -> Option<i64> {
-    guc::retention_us(&guc::PUBLISHED_RETENTION_MIN).filter(|_| guc::CLEANUP_PUBLISHED.get())
+    sent_retention_us().is_some()
 }
 
 fn tick_interval(retention_us: i64) -> Duration {
     Duration::from_micros((retention_us / TICKS_PER_RETENTION) as u64)
         .clamp(Duration::from_secs(1), Duration::from_secs(3_600))
-}
-
-/// Deletes up to `count` rows of a backend after `after`; fewer if `is_over`, which is asked after each statement.
-/// Returns how many were deleted, and after which row to go on; `None`: all are done.
-fn piece(number: i32, after: i64, retention_us: i64, count: usize, is_over: impl Fn() -> bool) -> (u64, Option<i64>) {
-    let Some((from, to)) = retention::purgeable(number, retention_us) else {
-        return (0, None);
-    };
-    // Number 0 stands for the events of backends that do not exist.
-    let known = if number == 0 {
-        backends::known_numbers()
-    } else {
-        Vec::new()
-    };
-    let is_its = |row_number: i32| row_number == number || (number == 0 && !known.contains(&row_number));
-    let relations = catalog::expect_relations();
-    let mut table = EventsTable::open(&relations);
-    let (mut found, mut deleted, mut last) = (Vec::new(), Vec::new(), Some(after));
-    retention::delete_events(|delete| {
-        'windows: while let Some(after) = last {
-            let upto = after.max(from.low_seq).saturating_add(WINDOW_SEQS);
-            let window = Arc::new(Tick {
-                high_seq: upto.min(to.high_seq),
-                ..Tick::clone(&to)
-            });
-            pgrx::check_for_interrupts!();
-            let mut scan = RangeScan::open(&mut table, &from, &window, after);
-            loop {
-                let step = scan.step();
-                let (Some(Step::Row(key)) | Some(Step::Passed(key))) = step else {
-                    break;
-                };
-                last = Some(key.seq);
-                if matches!(step, Some(Step::Row(_))) && is_its(scan.current().row().backend_number()) {
-                    found.push(key.seq);
-                }
-                if found.len() >= STEP_ROWS.min(count - deleted.len()) {
-                    delete(&found);
-                    deleted.append(&mut found);
-                    if deleted.len() >= count || is_over() {
-                        break 'windows;
-                    }
-                }
-            }
-            last = (upto < to.high_seq).then_some(upto);
-            if is_over() {
-                break;
-            }
-        }
-        if !found.is_empty() {
-            delete(&found);
-            deleted.append(&mut found);
-        }
-    });
-    table.close();
-    if !deleted.is_empty() {
-        // Refused events that were accepted later.
-        refused::forget(&deleted);
-    }
-    if last.is_none() {
-        retention::purged(number, &to);
-    }
-    if !deleted.is_empty() {
-        process::debug(|| format!("purged {} sent events", deleted.len()));
-    }
-    (deleted.len() as u64, last)
-}
-
-/// `outbox.purge_piece(backend_number, after_seq, row_count)`
-#[pg_extern(sql = false)]
-fn purge_piece(
-    backend_number: i32,
-    after_seq: i64,
-    row_count: i32,
-) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
-    let delete = || match retention() {
-        Some(retention_us) => {
-            let count = row_count.max(1) as usize;
-            piece(backend_number, after_seq, retention_us, count, || false)
-        }
-        None => (0, None),
-    };
-    let (deleted, last) = report::guard(delete);
-    // SAFETY: a plain read of the process's own variable.
-    if let Some(meter) = meters::find(unsafe { pg_sys::MyDatabaseId }, backend_number) {
-        meter.purged.fetch_add(deleted, Ordering::Relaxed);
-    }
-    pgrx::iter::TableIterator::once((deleted as i64, last))
-}
-
-/// `outbox.retention(setting)`, for a caller without a worker. Calling it loads the library, and so defines the
-/// settings.
-#[pg_extern(sql = false)]
-fn retention_of(setting: &str) -> Option<Interval> {
-    report::guard(|| {
-        let setting = match setting {
-            "published_retention" => &guc::PUBLISHED_RETENTION_MIN,
-            "failed_retention" => &guc::FAILED_RETENTION_MIN,
-            "inbox_retention" => &guc::INBOX_RETENTION_MIN,
-            _ => internal(format!("there is no setting outbox_relay.{setting}")),
-        };
-        guc::retention_us(setting).and_then(|us| Interval::new(0, 0, us).ok())
-    })
 }
