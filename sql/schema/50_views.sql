@@ -7,7 +7,8 @@ create function outbox.worker_status(out worker_pid integer, out state text) ret
     as 'MODULE_PATHNAME', 'worker_status_wrapper';
 comment on function outbox.worker_status() is 'This database''s worker: its process id, and its state or the reason why there is none.';
 
-create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz) returns setof record
+create function outbox.backlog(backend_number integer, out pending bigint, out oldest_created_at timestamptz)
+    returns setof record
     language c volatile strict rows 1
     as 'MODULE_PATHNAME', 'backlog_wrapper';
 comment on function outbox.backlog(integer) is 'How many committed events of a backend lie behind its saved cursor: exact up to 10,000, an estimate above that.';
@@ -20,13 +21,16 @@ select b.name as backend,
         when not b.enabled then 'paused'
         when w.state not in ('running', 'starting', 'standby') then 'stopped'
         -- It is not idle while events wait. For example, its connection is still being made.
-        when coalesce(c.state, 'idle') = 'idle' and l.pending > 0 and not l.oldest_created_at between pg_catalog.clock_timestamp() - interval '2 s' and pg_catalog.clock_timestamp() then 'sending'
+        when coalesce(c.state, 'idle') = 'idle' and l.pending > 0
+            and not l.oldest_created_at between pg_catalog.clock_timestamp() - interval '2 s'
+                and pg_catalog.clock_timestamp() then 'sending'
         else coalesce(c.state, 'idle')
     end as state,
     l.pending + r.waiting as pending,
     -- The clock may have been put back since.
     case when coalesce(l.oldest_created_at, r.oldest_created_at) is not null
-        then greatest(pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at), interval '0') end as oldest_pending_age,
+        then greatest(pg_catalog.clock_timestamp() - least(l.oldest_created_at, r.oldest_created_at), interval '0')
+        end as oldest_pending_age,
     coalesce(c.published_total, 0) as published_total,
     coalesce(c.failed_total, 0) as failed_total,
     c.last_published_at,
@@ -79,7 +83,8 @@ select w.worker_pid,
         where pg_catalog.clock_timestamp() - c.saved_at between interval '0' and interval '5 s') as events_per_second
 from outbox.worker_status() w
     cross join (
-        select pg_catalog.count(*) as backends, pg_catalog.count(*) filter (where s.state = 'copy') as copies, coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,
+        select pg_catalog.count(*) as backends, pg_catalog.count(*) filter (where s.state = 'copy') as copies,
+            coalesce(pg_catalog.sum(s.pending), 0)::bigint as pending,
             pg_catalog.max(s.oldest_pending_age) as oldest_pending_age,
             coalesce(pg_catalog.sum(s.published_total), 0)::bigint as published_total
         from outbox.backend_status s
@@ -118,22 +123,29 @@ select e.event_id, e.event_type, e.source, e.subject, coalesce(b.name, e.backend
 -- backend's cursor stays where it is, so most of these lie behind the cursors of their own backends. (The condition on
 -- their numbers is always true; it tells the planner that they are usually few.)
 from (
-        select n.* from outbox.events n
-            left join (select o.backend_number, min(pg_snapshot_xmax(o.from_snapshot)) as since from outbox.cursors o group by o.backend_number offset 0) own
-                on own.backend_number = n.backend_number
-        where n.xid >= coalesce((select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
-                then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
+        with own as not materialized (
+            -- The first transaction that each backend's cursors do not all see (not materialized, so that the planner
+            -- knows that a backend has one row),
+            select o.backend_number, min(pg_snapshot_xmax(o.from_snapshot)) as since
+            from outbox.cursors o group by o.backend_number offset 0
+        ),
+        -- and the first that not all cursors see. Without a cursor, a backend has seen nothing.
+        common as materialized (
+            select case when exists (select from outbox.backends s
+                    where not exists (select from own where own.backend_number = s.number)) then '0'
+                else coalesce((select own.since from own order by own.since limit 1), '0') end as since
+        )
+        select n.* from outbox.events n left join own on own.backend_number = n.backend_number
+        where n.xid >= (select common.since from common)
             and n.xid <= '18446744073709551615'
             and n.seq between (select -9223372036854775808) and (select 9223372036854775807)
             and (own.since is null or n.xid >= own.since)
         union all
-        select l.* from outbox.events l
-            left join (select o.backend_number, min(pg_snapshot_xmax(o.from_snapshot)) as since from outbox.cursors o group by o.backend_number offset 0) own
-                on own.backend_number = l.backend_number
+        select l.* from outbox.events l left join own on own.backend_number = l.backend_number
         where exists (select from outbox.cursors k, pg_snapshot_xip(k.from_snapshot))
-            and l.xid = any (array(select running.xid from outbox.cursors k, pg_snapshot_xip(k.from_snapshot) running(xid)))
-            and l.xid < coalesce(own.since, (select case when exists (select from outbox.backends s where not exists (select from outbox.cursors k where k.backend_number = s.number))
-                    then '0' else (select pg_snapshot_xmax(k.from_snapshot) as xid from outbox.cursors k order by xid limit 1) end), '0')
+            and l.xid = any (array(
+                select running.xid from outbox.cursors k, pg_snapshot_xip(k.from_snapshot) running(xid)))
+            and l.xid < coalesce(own.since, (select common.since from common))
             and l.backend_number between (select -2147483648) and (select 2147483647)
     ) e
     left join outbox.backends b on b.number = e.backend_number
