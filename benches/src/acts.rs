@@ -1,5 +1,5 @@
-//! The effect of events on other publishers, and for how long: many that fall due at one moment, or that fail. The others'
-//! latency is measured only during that. What administrators do is in [`admin`](crate::admin).
+//! The effect of events on other publishers, and for how long: many that fall due at one moment, or that fail. The
+//! others' latency is measured only during that. What administrators do is in [`admin`](crate::admin).
 
 use crate::load::{self, Arrivals, Pace};
 use crate::options::Scale;
@@ -27,7 +27,8 @@ fn shares(arrivals: &Arrivals, from: f64, until: f64) -> [f64; 2] {
     [0.5, 0.99].map(|share| quantile(&times, share))
 }
 
-/// `act` begins half a second after the others have warmed up, which publish for this time, and returns when all its effects are done.
+/// `act` begins half a second after the others have warmed up, which publish for this time, and returns when all its
+/// effects are done.
 fn during(stack: &Stack, seconds: f64, what: &str, act: impl FnOnce() + Send) -> Act {
     let pace = |seconds: f64| Pace {
         clients: 1,

@@ -4,8 +4,8 @@
 //! - [`options`], [`report`], [`stats`] how much is done, the table, one number of several
 //! - [`servers`], [`probe`], [`machine`], [`floors`], [`bare`], [`load`] what is measured, seen from outside, and
 //!   beside what
-//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`acts`], [`admin`], [`footprint`], [`steady`],
-//!   [`attached`], [`rivals`], [`views`] the figures
+//! - [`drain`], [`backlog`], [`publish`], [`guests`], [`latency`], [`cost`], [`others`], [`acts`], [`admin`],
+//!   [`footprint`], [`steady`], [`attached`], [`rivals`], [`views`] the figures
 //! - [`plots`], [`chart`] pictures of them in `docs/`
 
 mod acts;

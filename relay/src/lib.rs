@@ -12,7 +12,8 @@
 //! event      an event, and its entry          reading    which rows come next
 //! resp       the wire, both ways
 //! failure    what went wrong, in words that can be shown
-//! time, fault, seal, statement                time as it is passed in; crash points; passwords at rest; what a statement is
+//! time       as it is passed in               fault      crash points
+//! seal       passwords at rest                statement  what kind of statement a text is
 //! ```
 //!
 //! `samples` has examples for tests, and exists only in test builds.

@@ -1,6 +1,6 @@
--- Types of the arguments of outbox.publish_event, as drivers send them: json, text or varchar for JSON, bigint or text for
--- a number, uuid for a subject. They have the categories of the types that they stand for (U, N, S and D) and are not
--- preferred in them: a literal that could be either gets the ordinary type.
+-- Types of the arguments of outbox.publish_event, as drivers send them: json, text or varchar for JSON, bigint or text
+-- for a number, uuid for a subject. They have the categories of the types that they stand for (U, N, S and D) and are
+-- not preferred in them: a literal that could be either gets the ordinary type.
 
 create domain outbox.any_text as text;
 comment on domain outbox.any_text is 'A text argument of the further signatures of outbox.publish_event.';

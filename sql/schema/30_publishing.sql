@@ -19,10 +19,10 @@ create function outbox.publish_event(
 comment on function outbox.publish_event(text, text, jsonb, text, text, timestamptz, integer, jsonb, text, text, uuid, bytea) is
     'Publishes an event within the caller''s transaction, and returns its id, or NULL if a trigger on the table left the row out. The event is sent after the commit. An event that names no backend goes where outbox.routes send it, otherwise to outbox_relay.default_backend. backend, subject, stream and data_schema: an empty text counts as NULL. scheduled_at: a time without a zone, as drivers send for a naive one, is taken in the session''s TimeZone; send one with a zone. data_bytes: a payload that is bytes, instead of data; entries have it as data_base64.';
 
--- The same function for arguments with the types that drivers send, in two more signatures. They never compete with the one
--- above, nor with each other: the first argument of both, and the second of the last, is a domain, which loses to text for a
--- literal, for an untyped parameter and for all text types. The types of the other arguments are of the same categories as
--- those above.
+-- The same function for arguments with the types that drivers send, in two more signatures. They never compete with the
+-- one above, nor with each other: the first argument of both, and the second of the last, is a domain, which loses to
+-- text for a literal, for an untyped parameter and for all text types. The types of the other arguments are of the same
+-- categories as those above.
 create function outbox.publish_event(
     event_type       outbox.any_text,
     source           text,

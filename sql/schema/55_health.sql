@@ -324,7 +324,8 @@ $$;
 comment on function outbox.event_health(interval) is 'Part of outbox.health(): what delays events, and what keeps them for too long.';
 
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
-    -- A session that has locked a table shall be named, not waited for. Definitions are compared as Postgres writes them.
+    -- A session that has locked a table shall be named, not waited for. Definitions are compared as Postgres writes
+    -- them.
     language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set jit = off set lock_timeout = '1s'
     set standard_conforming_strings = on set quote_all_identifiers = off set work_mem = '4MB'
     as $$

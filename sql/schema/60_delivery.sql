@@ -23,8 +23,8 @@ declare
     c record;
     after_seq bigint;
     retention interval;
-    -- From here on there are rows. Before it are those that have gone, which are passed one by one while an old snapshot
-    -- needs them.
+    -- From here on there are rows. Before it are those that have gone, which are passed one by one while an old
+    -- snapshot needs them.
     after_time pg_catalog.timestamptz := '-infinity';
 begin
     -- Deleted backends have only ticks.
@@ -117,8 +117,8 @@ create function outbox.waits_since(seen pg_snapshot) returns boolean
     -- the table finds one soon.
     set enable_seqscan = off set jit = off
     as $$
--- The cursor of a backend that is paused for long stays where it is. So most events since then lie behind the cursors of
--- their own backends, and one comparison shows that.
+-- The cursor of a backend that is paused for long stays where it is. So most events since then lie behind the cursors
+-- of their own backends, and one comparison shows that.
 with own as materialized (
     select b.number, b.own_stream, min(pg_snapshot_xmin(c.from_snapshot)) as since
     from outbox.backends b left join outbox.cursors c on c.backend_number = b.number

@@ -2,7 +2,8 @@
 
 create function outbox.publish_failed(seqs bigint[], event_ids uuid[]) returns bigint
     language plpgsql set search_path = pg_catalog, pg_temp
-    -- A few rows of tables that may be large: by their indexes, whatever the planner knows of a table that has just grown.
+    -- A few rows of tables that may be large: by their indexes, whatever the planner knows of a table that has just
+    -- grown.
     set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
     as $$
 declare
@@ -11,8 +12,9 @@ declare
     free_branches smallint[];
     published bigint;
 begin
-    -- What is there under the same id, and is not a row of the same event for another stream, is another event. As long as that waits to be sent it stays, and this one waits
-    -- for it; once it has been published, or has failed too, its row makes room. Of several with one id, the first is published.
+    -- What is there under the same id, and is not a row of the same event for another stream, is another event. As long
+    -- as that waits to be sent it stays, and this one waits for it; once it has been published, or has failed too, its
+    -- row makes room. Of several with one id, the first is published.
     select array_agg(k.seq), array_agg(k.event_id), array_agg(k.branch) into free_seqs, free_ids, free_branches
     from (
         select distinct on (f.event_id, f.branch) f.seq, f.event_id, f.branch

@@ -12,7 +12,8 @@ select exists (select from outbox.scheduled_events s where s.event_id = waits.ev
         where e.event_id = waits.event_id
             and not exists (select from outbox.failed_events f where f.event_id = e.event_id and f.seq = e.seq)
             -- No EXISTS here: that might be planned as a hash of all of them.
-            and (coalesce((select true from outbox.refused_events r where r.seq = e.seq and r.accepted_in is null limit 1), false)
+            and (coalesce((select true from outbox.refused_events r
+                    where r.seq = e.seq and r.accepted_in is null limit 1), false)
                 or not coalesce((select outbox.is_delivered(c, e.xid, e.seq) from outbox.cursors c
                     where c.backend_number in (e.backend_number, case when b.number is null then 0 end)
                         and c.slot in (-1, outbox.hash_slot(coalesce(e.stream, b.own_stream, '')))
@@ -48,7 +49,8 @@ begin
             erased := erased + changed;
             -- A retry or a replay that has just been committed may have moved it.
             if not outbox.waits(event_id) and not exists (select from outbox.events e
-                where e.event_id = erase.event_id and e.publisher_config::text is distinct from outbox.erased_config()::text) then
+                where e.event_id = erase.event_id
+                    and e.publisher_config::text is distinct from outbox.erased_config()::text) then
                 if erased > 0 then
                     raise log using message = format('the payload of event %s was erased', event_id);
                 end if;

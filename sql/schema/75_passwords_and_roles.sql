@@ -86,7 +86,8 @@ begin
     end if;
     select r.oid into found_role from pg_roles r where r.rolname = expect_role.name;
     if not found then
-        -- Reads the name as regrole does: in lower case unless it is quoted. From Postgres 16 on it takes any number, too.
+        -- Reads the name as regrole does: in lower case unless it is quoted. From Postgres 16 on it takes any number,
+        -- too.
         begin
             select r.oid into found_role from pg_roles r where r.oid = to_regrole(name);
         exception when invalid_name or syntax_error then

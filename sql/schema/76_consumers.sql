@@ -25,8 +25,10 @@ begin
         raise exception using errcode = 'null_value_not_allowed', message = 'patterns of consumers must not be null',
             hint = 'Omit them to allow any name.';
     end if;
-    delete from outbox.consumer_grants g where g.role::oid = grant_consumer.role::oid or not exists (select from pg_roles p where p.oid = g.role::oid);
-    insert into outbox.consumer_grants (role, consumer) select distinct grant_consumer.role::oid, c.name from unnest(consumers) c (name);
+    delete from outbox.consumer_grants g
+        where g.role::oid = grant_consumer.role::oid or not exists (select from pg_roles p where p.oid = g.role::oid);
+    insert into outbox.consumer_grants (role, consumer)
+        select distinct grant_consumer.role::oid, c.name from unnest(consumers) c (name);
     perform outbox.grant_rights(role, 'consumer_rights');
 end
 $$;

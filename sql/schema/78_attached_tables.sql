@@ -1,8 +1,8 @@
 -- Row changes as events: the triggers that outbox.attach_table() makes on users' tables. Each attached table has a
 -- function of its own, which belongs to the table's owner, whoever attaches it: it publishes with that role's rights,
 -- whoever changes the table. So code that the owner controls (the condition, casts of the owner's types to JSON) runs
--- with the owner's rights, and with no others. Triggers and function are objects of the user's schema, and are dumped as
--- such.
+-- with the owner's rights, and with no others. Triggers and function are objects of the user's schema, and are dumped
+-- as such.
 
 create function outbox.row_events(relation regclass, event_type text, source text, backend text, key text[], columns text[], operations text[], condition text, payload text) returns text
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -31,8 +31,9 @@ declare
     fixed constant text := format('%L, %L', source, backend);
     body text := '#variable_conflict use_column' || E'\nbegin\n';
 begin
-    -- The owner of a table runs code in this function: casts of its types, and what the condition calls. So the owner must
-    -- have the function's rights anyway. Columns of a partition, and so code, come from the owner of the whole table.
+    -- The owner of a table runs code in this function: casts of its types, and what the condition calls. So the owner
+    -- must have the function's rights anyway. Columns of a partition, and so code, come from the owner of the whole
+    -- table.
     body := body || format($q$if not exists (select from pg_class c where c.oid = coalesce(pg_partition_root(tg_relid), tg_relid) and pg_has_role(c.relowner, current_user, 'usage')) then
 raise exception using errcode = 'insufficient_privilege', message = format(%L, tg_relid::regclass), detail = format(%L, current_user), hint = format(%L, tg_relid::regclass::text);
 end if;
@@ -125,8 +126,8 @@ declare
     t record;
     functions oid[] := '{}';
 begin
-    -- One session at a time. Otherwise several that attach or detach a table wait for each other's locks of it and of its
-    -- triggers: a deadlock.
+    -- One session at a time. Otherwise several that attach or detach a table wait for each other's locks of it and of
+    -- its triggers: a deadlock.
     perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
     for t in
         select g.tgname, g.tgrelid::regclass as relation, g.tgfoid from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
@@ -200,8 +201,8 @@ begin
     if columns = '{}' or key = '{}' then
         raise exception using errcode = 'invalid_parameter_value', message = 'columns and key must not be empty', hint = 'Omit columns for all columns, and key for the primary key.';
     end if;
-    -- As in outbox.detach_table(). Then the table stays as it is while its function is written. If there are triggers to be
-    -- dropped, at once with the lock that this takes: one that is raised later could be a deadlock with writers.
+    -- As in outbox.detach_table(). Then the table stays as it is while its function is written. If there are triggers
+    -- to be dropped, at once with the lock that this takes: one that is raised later could be a deadlock with writers.
     perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
     execute format('lock table %s in %s mode', "table", case when exists (select from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
         where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$') then 'access exclusive' else 'share row exclusive' end);

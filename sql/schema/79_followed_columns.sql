@@ -6,8 +6,8 @@ create function outbox.expect_condition(relation regclass, condition text, publi
     as $$
 begin
     if condition is not null then
-        -- Neither runs with the rights of the role that changes the table, which may have more of them than the owner, who
-        -- wrote the condition.
+        -- Neither runs with the rights of the role that changes the table, which may have more of them than the owner,
+        -- who wrote the condition.
         perform outbox.analyse_as(publisher, outbox.condition_query(relation, condition));
     end if;
 exception when others then
@@ -31,8 +31,9 @@ begin
     -- loop. A column that is named in the comment but does not exist in the table is the renamed column, under its
     -- former name. A partitioned table comes before its partitions, because the body of the function depends on that.
     for d in
-        -- Only comments of the altered tables' triggers are parsed, and of roles whose rights the table's owner has: anybody
-        -- may write what he likes on a function of his own, and whoever was granted TRIGGER may make it a trigger.
+        -- Only comments of the altered tables' triggers are parsed, and of roles whose rights the table's owner has:
+        -- anybody may write what he likes on a function of his own, and whoever was granted TRIGGER may make it a
+        -- trigger.
         with altered as materialized (
             select f.oid, f.oid = c.objid as is_itself, k.relkind, g.tgfoid, p.proowner, a.attname, obj_description(g.tgfoid, 'pg_proc') as comment
             from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid

@@ -1,8 +1,8 @@
-//! `outbox.publish_event`, in three signatures. The documented one has the types of its argument list. The others accept
-//! what drivers send instead, such as `json` or `text` for JSON, a text for max_retries or a number for subject. Those
-//! arguments are of the types `outbox.any_value`, `outbox.any_number` and `outbox.any_subject`, which are parsed from
-//! their text, or `outbox.any_time`. If a call fits several, Postgres chooses the documented one. `outbox.refusal` tells
-//! beforehand whether an event would be refused, and `outbox.template_stream` tells where it would go.
+//! `outbox.publish_event`, in three signatures. The documented one has the types of its argument list. The others
+//! accept what drivers send instead, such as `json` or `text` for JSON, a text for max_retries or a number for subject.
+//! Those arguments are of the types `outbox.any_value`, `outbox.any_number` and `outbox.any_subject`, which are parsed
+//! from their text, or `outbox.any_time`. If a call fits several, Postgres chooses the documented one. `outbox.refusal`
+//! tells beforehand whether an event would be refused, and `outbox.template_stream` tells where it would go.
 
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
@@ -155,8 +155,8 @@ unsafe fn request_of_call(arguments: &Arguments) -> Request<'_> {
 /// As [`request_of_call`], of the other signatures.
 unsafe fn request_of_any_call(arguments: &Arguments) -> Request<'_> {
     let get = |index: usize| given(arguments, index);
-    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value and 6 is any_number, which have the form of text,
-    // 11 is a bytea.
+    // SAFETY: the caller's promise: arguments 2, 7 and 10 are any_value and 6 is any_number, which have the form of
+    // text, 11 is a bytea.
     unsafe {
         let written = |index: usize| get(index).map(|d| text_of(bytes_of(d)));
         let json = |text: &[u8]| Cow::Borrowed(json::rendered(json::parsed(text)));

@@ -129,8 +129,8 @@ fn first_row(relations: &Relations, pending: &Pending) -> Option<NewRow> {
         false => (relations.events, Index::EventId),
     };
     let mut found = None;
-    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees rows
-    // that the present command has inserted.
+    // SAFETY: an index look-up by an equality key of the column's type. The snapshot is a constant, which also sees
+    // rows that the present command has inserted.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
         let (relation, relations) = catalog::open_table(table, lock);

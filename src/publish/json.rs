@@ -22,8 +22,8 @@ pub(super) unsafe fn rendered<'a>(datum: pg_sys::Datum) -> &'a [u8] {
     }
 }
 
-/// Raises an ERROR for a text that is much too large for an event, whatever is in it, before it is copied: where Rust gets
-/// no memory, it ends the process, and that all sessions. Escapes may take six bytes for one.
+/// Raises an ERROR for a text that is much too large for an event, whatever is in it, before it is copied: where Rust
+/// gets no memory, it ends the process, and that all sessions. Escapes may take six bytes for one.
 pub(super) fn expect_parsable(text: &[u8]) {
     let limit = guc::MAX_EVENT_SIZE_KB.get() as usize * 1_024;
     if text.len() > 8 * limit + 1_024 * 1_024 {

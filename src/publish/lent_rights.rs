@@ -58,8 +58,8 @@ fn may_begin(lender: Option<pg_sys::Oid>) -> bool {
     }
 }
 
-/// Raises an ERROR if the user who calls a function to publish has no right to: it had another role when that was checked.
-/// Only if some publishers have limits: all others may do the same as anybody who has the right.
+/// Raises an ERROR if the user who calls a function to publish has no right to: it had another role when that was
+/// checked. Only if some publishers have limits: all others may do the same as anybody who has the right.
 pub(super) fn expect_own_right() {
     if publisher_limits::is_rightless() {
         raise(

@@ -1,5 +1,5 @@
-//! Clear errors for what a publisher may not do with `outbox.events`: read, change or delete events, as an ORM does that
-//! looks for a row before it inserts, and fill in columns that the trigger fills in.
+//! Clear errors for what a publisher may not do with `outbox.events`: read, change or delete events, as an ORM does
+//! that looks for a row before it inserts, and fill in columns that the trigger fills in.
 //!
 //! Postgres would refuse these a moment later, when the statement starts, but only with "permission denied". A
 //! statement that is only prepared or defined is not planned, so a driver can still ask for its columns. Rights that a

@@ -1,8 +1,8 @@
 //! Interfaces to a Postgres process. Knows nothing of our tables.
 //!
 //! - [`guc`] settings; [`pinned`] those that nobody may give a worker
-//! - [`shmem`], [`database_slot`], [`meters`], [`questions`], [`shared_text`] shared memory; [`txn`] after a commit: wake
-//!   the worker; [`object_access`] extension and databases come and go
+//! - [`shmem`], [`database_slot`], [`meters`], [`questions`], [`shared_text`] shared memory; [`txn`] after a commit:
+//!   wake the worker; [`object_access`] extension and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
 //!   unchanged

@@ -24,8 +24,8 @@ pub(crate) unsafe fn item(list: *const pg_sys::List, index: usize) -> *mut c_voi
     unsafe { (*(*list).elements.add(index)).ptr_value }
 }
 
-/// Calls `f` with a statement, and with each part of its WITH that changes data. Such parts can only be in the outermost
-/// WITH.
+/// Calls `f` with a statement, and with each part of its WITH that changes data. Such parts can only be in the
+/// outermost WITH.
 ///
 /// # Safety
 /// A valid query, with which `f` may be called.

@@ -1,9 +1,9 @@
 //! Plans of statements on tables with rules. Which rules are in a plan depends on `session_replication_role`.
 //!
 //! [`silence`](super::silence) changes the variable behind that setting and leaves the session's plans alone. A trigger
-//! that an owner has enabled for a silence, or a function that it calls, may write to a table with rules, and so may its
-//! cascading foreign keys. What is kept of such a statement must not be used on the other side of a silence. So this
-//! module notes that there may be such a plan, and only then all plans are made again.
+//! that an owner has enabled for a silence, or a function that it calls, may write to a table with rules, and so may
+//! its cascading foreign keys. What is kept of such a statement must not be used on the other side of a silence. So
+//! this module notes that there may be such a plan, and only then all plans are made again.
 //!
 //! A statement is looked at when it is analysed, since it may be planned later, and when it is planned, since what is
 //! stored as a tree (functions with BEGIN ATOMIC) is not analysed again.

@@ -1,9 +1,9 @@
 //! Keeps the triggers of others from firing until a function ends.
 //!
-//! Postgres does so while `session_replication_role` is `replica`, but it forgets all plans of the session whenever that
-//! setting changes, and PL/pgSQL keeps what it made of the old plans until the transaction ends: 570 kB for each call of
-//! `outbox.erase()`. So the variable behind that setting is changed directly. Plans depend on it only where a table has
-//! rules: [`ruled_plans`] knows whether there are such plans.
+//! Postgres does so while `session_replication_role` is `replica`, but it forgets all plans of the session whenever
+//! that setting changes, and PL/pgSQL keeps what it made of the old plans until the transaction ends: 570 kB for each
+//! call of `outbox.erase()`. So the variable behind that setting is changed directly. Plans depend on it only where a
+//! table has rules: [`ruled_plans`] knows whether there are such plans.
 //!
 //! A setting of our own says how long: Postgres restores it when the function ends, and calls [`assign`]. At the same
 //! nest level `session_replication_role` is saved, and restored after ours: on 15 because of the settings' names, in

@@ -4,8 +4,8 @@ use crate::tables::sql::query;
 use relay::reading::range::Key;
 
 /// The row of an event, and when it was published in microseconds since 1970, if it is this backend's and there is no
-/// other. Two backends may share a stream, and their rows of one event lead to entries that cannot be told apart. Needs a
-/// transaction.
+/// other. Two backends may share a stream, and their rows of one event lead to entries that cannot be told apart. Needs
+/// a transaction.
 pub(crate) fn only_row_of(number: i32, event_id: [u8; 16]) -> Option<(Key, i64)> {
     let rows = query(
         "select e.backend_number, e.xid::text as xid, e.seq,

@@ -226,8 +226,8 @@ pub(crate) fn note_served(events: Option<pg_sys::Oid>) {
 }
 
 /// Whether the extension is still the one from which the worker has loaded its backends. It may have been dropped and
-/// created again since: then nothing in its tables is of the loaded backends. A statement that has waited for a lock may
-/// find the new tables, so what was written has to be asked for afterwards. Needs a transaction.
+/// created again since: then nothing in its tables is of the loaded backends. A statement that has waited for a lock
+/// may find the new tables, so what was written has to be asked for afterwards. Needs a transaction.
 pub(crate) fn is_served() -> bool {
     let served = SERVED.get();
     served.is_some() && relations().map(|relations| relations.events) == served

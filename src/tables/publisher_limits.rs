@@ -153,8 +153,8 @@ pub(crate) fn is_rightless() -> bool {
     matches!(standing(current_user()), Standing::Rightless)
 }
 
-/// Notes that the current user begins an INSERT. If its limits are to be seen by the trigger, the role may be another one
-/// by then: an expression of the statement may change it.
+/// Notes that the current user begins an INSERT. If its limits are to be seen by the trigger, the role may be another
+/// one by then: an expression of the statement may change it.
 pub(crate) fn note_insert() {
     if let Standing::Limited(limits) = standing(current_user()) {
         BEGUN_BY.set(Some((transaction(), limits)));

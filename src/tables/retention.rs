@@ -41,8 +41,8 @@ impl RecordedTicks {
         Self(())
     }
 
-    /// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning of
-    /// time.
+    /// Records that a backend has delivered everything that a tick sees. The first tick of a backend is the beginning
+    /// of time.
     pub(crate) fn record(&self, number: i32, tick: &Tick) {
         run(
             &format!(
@@ -55,8 +55,8 @@ impl RecordedTicks {
         self.record_last(&[number], tick);
     }
 
-    /// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be purged.
-    /// A backend that never had a tick has nothing to purge.
+    /// Records, for deleted backends that will deliver nothing more, a last tick up to which their events may be
+    /// purged. A backend that never had a tick has nothing to purge.
     pub(crate) fn record_last(&self, numbers: &[i32], tick: &Tick) {
         let numbers = ("numbers", numbers.to_vec().into());
         run_named(
@@ -174,8 +174,9 @@ pub(crate) fn purge_failed(retention_us: i64, count: i64, from_us: i64) -> AgedP
     )
 }
 
-/// Deletes rows that have a time of their own, by their primary key. Rows that have gone are still in the index, and are
-/// passed one by one, as long as somebody's snapshot may need them: so the next piece begins where this one has ended.
+/// Deletes rows that have a time of their own, by their primary key. Rows that have gone are still in the index, and
+/// are passed one by one, as long as somebody's snapshot may need them: so the next piece begins where this one has
+/// ended.
 fn purge_aged((table, time): (&str, &str), key: &str, retention_us: i64, count: i64, from_us: i64) -> AgedPiece {
     let sql = format!(
         "delete from outbox.{table} where ({key}) in (select {key} from outbox.{table}

@@ -158,8 +158,8 @@ pub(crate) fn as_owner_of<R>(relation: pg_sys::Oid, f: impl FnOnce() -> R) -> R 
 
 crate::sql_function!(analyse_as, pg_finfo_analyse_as);
 
-/// `outbox.analyse_as(role, query)`: parses a query, whose types may run code of that role, with the role's rights. Settings
-/// that such code changes are restored.
+/// `outbox.analyse_as(role, query)`: parses a query, whose types may run code of that role, with the role's rights.
+/// Settings that such code changes are restored.
 // No pg_guard: our own guard lets ERRORs of the query pass whole.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
@@ -167,8 +167,8 @@ extern "C-unwind" fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Dat
         if let Some([role, query]) = strict_arguments(fcinfo) {
             let role = pg_sys::Oid::from(role.value() as u32);
             expect_may_become(role);
-            // SAFETY: within a transaction, with a text by the SQL declaration. An ERROR in between restores the settings
-            // when it aborts.
+            // SAFETY: within a transaction, with a text by the SQL declaration. An ERROR in between restores the
+            // settings when it aborts.
             unsafe {
                 let query = CStr::from_ptr(pg_sys::text_to_cstring(query.cast_mut_ptr()));
                 let level = pg_sys::NewGUCNestLevel();

@@ -10,8 +10,8 @@ use crate::tables::trusted;
 use pgrx::pg_sys;
 use std::collections::BTreeSet;
 
-/// Scheduled events that are due at the time $1, at most $2, except those that are set aside ($3). The time is a parameter
-/// so that the index is read only up to it; a clock function would be evaluated for each row.
+/// Scheduled events that are due at the time $1, at most $2, except those that are set aside ($3). The time is a
+/// parameter so that the index is read only up to it; a clock function would be evaluated for each row.
 const DUE: &str = "select d.event_id from outbox.scheduled_events d
     where d.scheduled_at <= $1 and d.event_id <> all($3) order by d.scheduled_at, d.seq limit $2";
 
@@ -48,9 +48,9 @@ pub(crate) struct Moved {
     pub last_us: Option<i64>,
 }
 
-/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, without those that are set `aside` and
-/// those whose rows somebody has locked: at most `count`, which takes few different values. Sets all columns that the
-/// trigger would fill in, because the trigger may be switched off.
+/// Moves scheduled events that are due from `from_us` to `now_us` into `outbox.events`, without those that are set
+/// `aside` and those whose rows somebody has locked: at most `count`, which takes few different values. Sets all
+/// columns that the trigger would fill in, because the trigger may be switched off.
 pub(crate) fn move_due(from_us: i64, now_us: i64, count: i64, aside: &[[u8; 16]]) -> Moved {
     // The count is part of the text: a plan that is kept must know how few rows there are.
     let due_and_free = format!(
@@ -143,7 +143,8 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<(Option<i32>, Op
             select case when d.xid = '0' then d.backend_number end as restored_for, d.scheduled_at from due d"
             ))
     });
-    // In a statement of its own, and only if there are any: each insertion into that table has all backends loaded again.
+    // In a statement of its own, and only if there are any: each insertion into that table has all backends loaded
+    // again.
     let restored: BTreeSet<i32> = moved.iter().filter_map(|(restored_for, _)| *restored_for).collect();
     restored.into_iter().for_each(restores::note_restored_here);
     Moved {
@@ -152,8 +153,8 @@ fn move_scheduled(selected: &str, run: impl FnOnce(&str) -> Vec<(Option<i32>, Op
     }
 }
 
-/// When the next scheduled event that is not set `aside` is due, from `from_us` on (`None`: there is none), and the present
-/// time, in microseconds since 2000.
+/// When the next scheduled event that is not set `aside` is due, from `from_us` on (`None`: there is none), and the
+/// present time, in microseconds since 2000.
 pub(crate) fn next_due(from_us: i64, aside: &[[u8; 16]]) -> (Option<i64>, i64) {
     let due = query_kept(
         "select s.scheduled_at from outbox.scheduled_events s where s.scheduled_at >= $2 and s.event_id <> all($1)

@@ -1,4 +1,5 @@
-//! What is known of scheduled events: when the next is due, where the search for them begins, and which are *set aside*.
+//! What is known of scheduled events: when the next is due, where the search for them begins, and which are *set
+//! aside*.
 
 use relay::reading::pace::{Pieces, Portion};
 use relay::time::Now;

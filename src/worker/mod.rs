@@ -17,7 +17,7 @@
 //! |---|---|---|
 //! | this file | one round: in which order everything is done | [`state`] |
 //! | [`tasks`] | tries tasks again that have failed; saves | [`task`], [`troubles`] for `outbox.health()` |
-//! | [`loading`], [`reconciling`] | reads backends and settings; applies what has changed | [`backend`]: one backend at work |
+//! | [`loading`], [`reconciling`] | reads backends and settings; applies changes | [`backend`]: one backend |
 //! | [`connecting`] | decides which backends have a sender | [`turns`], [`permits`] |
 //! | [`recovery`] | brings backends with a guard up | `relay::recovery` |
 //! | [`reading`], [`pass`] | takes ticks and reads for groups of backends; what one scan does | `relay::reading` |

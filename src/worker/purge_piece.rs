@@ -1,5 +1,5 @@
-//! Deletes a piece of a backend's sent events: those between the tick up to which was purged and the newest tick that is
-//! older than the retention. The worker and `outbox.purge()` use it.
+//! Deletes a piece of a backend's sent events: those between the tick up to which was purged and the newest tick that
+//! is older than the retention. The worker and `outbox.purge()` use it.
 
 use crate::server::error::internal;
 use crate::server::guc;

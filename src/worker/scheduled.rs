@@ -1,7 +1,7 @@
 //! Moves scheduled events to `outbox.events` when they are due.
 //!
-//! An event that cannot be moved now is *set aside*: somebody has locked its row, or has an open transaction that published
-//! an event with the same `event_id`. The worker looks at it again later, and moves the others.
+//! An event that cannot be moved now is *set aside*: somebody has locked its row, or has an open transaction that
+//! published an event with the same `event_id`. The worker looks at it again later, and moves the others.
 
 use crate::server::clock;
 use crate::server::guc;

@@ -87,8 +87,8 @@ impl Worker {
     }
 
     /// Saves what is unsaved in one transaction, which costs less than a commit for each backend; of very many backends
-    /// those that are due first, since events wait meanwhile. If that fails, each backend is saved alone, so that one that
-    /// cannot be saved does not prevent the others.
+    /// those that are due first, since events wait meanwhile. If that fails, each backend is saved alone, so that one
+    /// that cannot be saved does not prevent the others.
     pub(super) fn save_unsaved(&mut self, now: Now) {
         if !self.patience.allows(Task::Save, now) {
             return;

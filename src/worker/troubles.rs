@@ -1,5 +1,5 @@
-//! Lasting failures of the worker's tasks, for `outbox.health()`. They are kept in shared memory, because the failure may
-//! be that the tables cannot be written.
+//! Lasting failures of the worker's tasks, for `outbox.health()`. They are kept in shared memory, because the failure
+//! may be that the tables cannot be written.
 
 use crate::server::database_slot::DatabaseSlot;
 use crate::worker::task::Task;

@@ -110,8 +110,8 @@ fn few_events_among_many_of_another_backend_arrive_in_order() {
     kit::wait_eq("events of the usual backend", usual + 1, || stack.redis.xlen("events"));
 }
 
-/// Rows of a transaction that was open when other events were read are found by its id. The index says whose they are, so
-/// that the other backends pass them by without reading them.
+/// Rows of a transaction that was open when other events were read are found by its id. The index says whose they are,
+/// so that the other backends pass them by without reading them.
 #[test]
 fn the_rows_of_another_backends_large_transaction_are_passed_by_the_index() {
     const COUNT: i64 = 30_000;

@@ -248,8 +248,8 @@ fn health_warns_of_a_group_that_is_about_to_lose_entries() {
     });
 }
 
-/// Streams of a template may come and go by the thousand, and what was said of each is kept for an hour. The worker asks
-/// once a second, and must not read all of that each time.
+/// Streams of a template may come and go by the thousand, and what was said of each is kept for an hour. The worker
+/// asks once a second, and must not read all of that each time.
 #[test]
 fn what_is_known_of_other_streams_is_not_read_again_and_again() {
     const ROWS: i64 = 100_000;

@@ -1,4 +1,5 @@
-//! Crowds of sessions that do again and again what their roles may do: neither the worker nor the events of others suffer.
+//! Crowds of sessions that do again and again what their roles may do: neither the worker nor the events of others
+//! suffer.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;

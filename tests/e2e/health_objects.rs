@@ -1,5 +1,5 @@
-//! `outbox.health()`: what somebody has changed of the extension's tables is named, and the hint, executed as it stands,
-//! mends it.
+//! `outbox.health()`: what somebody has changed of the extension's tables is named, and the hint, executed as it
+//! stands, mends it.
 
 use kit::{Stack, wait_drained, wait_until};
 

@@ -1,4 +1,5 @@
-//! `outbox.health()`: settings and states of the server that keep events back. The hint, executed as it stands, mends it.
+//! `outbox.health()`: settings and states of the server that keep events back. The hint, executed as it stands, mends
+//! it.
 
 use kit::{Postgres, QUICK, Redis, Stack, wait_drained};
 use std::io::Write;

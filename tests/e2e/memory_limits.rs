@@ -1,5 +1,5 @@
-//! A session that gets no more memory fails with an error of its own. Where Rust gets none, it ends the process, and that
-//! ends all sessions of the server. So nothing is copied there whose size others choose.
+//! A session that gets no more memory fails with an error of its own. Where Rust gets none, it ends the process, and
+//! that ends all sessions of the server. So nothing is copied there whose size others choose.
 
 use kit::Stack;
 use postgres::Client;

@@ -59,7 +59,8 @@ fn continue_sends_what_was_not_sent_and_says_that_something_is_lost() {
     assert_eq!(standing(&stack.pg, "default").published, 70);
 }
 
-/// A Redis that evicts keys loses guard and streams again and again: the log does not fill, and health() says what to do.
+/// A Redis that evicts keys loses guard and streams again and again: the log does not fill, and health() says what to
+/// do.
 #[test]
 fn a_redis_that_evicts_keys_is_named() {
     let (stack, _) = stack("continue", 3);

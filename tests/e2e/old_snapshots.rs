@@ -1,6 +1,6 @@
-//! Large works of the worker while somebody keeps an old snapshot. Rows that have gone cannot be removed from the indexes
-//! then. A piece of the work must not pass those of all pieces before it: that would take the longer the more there are,
-//! and everybody's events would wait for it.
+//! Large works of the worker while somebody keeps an old snapshot. Rows that have gone cannot be removed from the
+//! indexes then. A piece of the work must not pass those of all pieces before it: that would take the longer the more
+//! there are, and everybody's events would wait for it.
 
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ fn entries_read(stack: &Stack, index: &str) -> i64 {
     ))
 }
 
-/// Does a work until nothing is left of it, beside a publisher's snapshot that is older. Each entry of the index is read a
-/// few times.
+/// Does a work until nothing is left of it, beside a publisher's snapshot that is older. Each entry of the index is
+/// read a few times.
 #[track_caller]
 fn assert_each_is_passed_a_few_times(stack: &Stack, index: &str, work: &str, left: &str) {
     stack

@@ -1,5 +1,5 @@
-//! Which signature of `publish_event` Postgres takes: no call is ambiguous, and parameters without types are those of the
-//! documented one.
+//! Which signature of `publish_event` Postgres takes: no call is ambiguous, and parameters without types are those of
+//! the documented one.
 
 use kit::{Stack, types};
 use postgres::types::{Json, Type};

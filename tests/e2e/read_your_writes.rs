@@ -150,8 +150,8 @@ fn with_standby_flush_an_entry_comes_before_a_standby_shows_its_row() {
     assert!(shows(&standby, "thing"));
 }
 
-/// Where the WAL writer stops at the beginning of a page, in the middle of a record that nobody flushes the rest of, a standby
-/// replays only what comes before the record.
+/// Where the WAL writer stops at the beginning of a page, in the middle of a record that nobody flushes the rest of, a
+/// standby replays only what comes before the record.
 #[test]
 fn a_position_is_never_in_the_middle_of_a_record() {
     let (stack, standby) = with_standby(&[("outbox_relay.poll_interval", "1h"), ("wal_writer_delay", "10ms")]);

@@ -1,5 +1,5 @@
-//! What one role lets another do in its name, by views, rules, functions and changes of the role, is no more than it may
-//! do itself.
+//! What one role lets another do in its name, by views, rules, functions and changes of the role, is no more than it
+//! may do itself.
 
 use kit::{Refused, Stack};
 use postgres::Client;

@@ -1,5 +1,5 @@
-//! Several parties write to one stream: backends, databases, other producers, administrators. None of them makes another
-//! one's events stand there twice.
+//! Several parties write to one stream: backends, databases, other producers, administrators. None of them makes
+//! another one's events stand there twice.
 
 use std::collections::BTreeMap;
 

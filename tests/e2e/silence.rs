@@ -14,7 +14,8 @@ fn look(client: &mut Client) -> (String, bool) {
     (role, client.query_one(sql, &[]).expect("inserted").get(0))
 }
 
-/// Functions that write with their owner's rights: one that succeeds, one that fails, one that a function of ours calls.
+/// Functions that write with their owner's rights: one that succeeds, one that fails, one that a function of ours
+/// calls.
 const WORKS: &str = "perform outbox.erase((select event_id from outbox.events limit 1))";
 const FAILS: &str = "perform outbox.erase(null)";
 

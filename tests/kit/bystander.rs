@@ -94,8 +94,8 @@ impl Delays {
         Duration::from_millis(self.0[index.min(self.0.len() - 1)].max(0) as u64)
     }
 
-    /// An event that is delayed by a lock, a flood or a failure is usually seconds late. A busy machine delays less, and a
-    /// very busy one a few events by more than a second.
+    /// An event that is delayed by a lock, a flood or a failure is usually seconds late. A busy machine delays less,
+    /// and a very busy one a few events by more than a second.
     #[track_caller]
     pub fn assert_undisturbed(&self, by: &str) {
         let [median, most] = [0.5, 0.99].map(|share| self.quantile(share));

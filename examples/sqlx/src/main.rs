@@ -42,7 +42,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = Options { scheduled_at: Some(Utc::now() + TimeDelta::days(14)), ..Options::default() };
     println!("order.reminder {}", publish(&mut transaction, "order.reminder", &data, options).await?);
 
-    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
+    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the
+    // statement is repeated.
     let sql = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id";
     let imported: Uuid = sqlx::query_scalar(sql).bind("order.imported").bind(&data).fetch_one(&mut *transaction).await?;
     println!("order.imported {imported}");

@@ -40,7 +40,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let later = Utc::now() + TimeDelta::days(14);
     println!("order.reminder {}", publish(&transaction, "order.reminder", &data, &[("scheduled_at", &later)]).await?);
 
-    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the statement is repeated.
+    // The same by a plain INSERT, which takes RETURNING. With your own id, an event is published once, even if the
+    // statement is repeated.
     let imported = "insert into outbox.events (event_type, source, data) values ($1, 'shop', $2) returning event_id";
     let row = transaction.query_one(imported, &[&"order.imported", &data]).await?;
     println!("order.imported {}", row.get::<_, Uuid>(0));

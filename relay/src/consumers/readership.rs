@@ -101,8 +101,8 @@ struct Watched {
 struct Stalled {
     name: GroupName,
     at: (EntryId, i64, Option<EntryId>),
-    /// For how long it was seen so. The time in which Redis was not asked does not count: while Redis is down, nobody can
-    /// read from it.
+    /// For how long it was seen so. The time in which Redis was not asked does not count: while Redis is down, nobody
+    /// can read from it.
     silent: Duration,
 }
 

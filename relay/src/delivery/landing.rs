@@ -37,8 +37,8 @@ impl Delivery {
         records
     }
 
-    /// Takes the first `known` results of a flight: moves the cursor over rows that were accepted or refused, remembers what was accepted
-    /// beyond a gap, and returns what to record.
+    /// Takes the first `known` results of a flight: moves the cursor over rows that were accepted or refused, remembers
+    /// what was accepted beyond a gap, and returns what to record.
     pub(super) fn land(
         &mut self,
         flight: Flight,

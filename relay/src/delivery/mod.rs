@@ -279,8 +279,8 @@ impl Delivery {
         self.connection == ConnectionState::Up && self.flights.is_empty() && !self.makes_way
     }
 
-    /// Whether its reader may pass rows of other backends while it does not send. A batch in flight ends at a position that
-    /// was read, and while it connects, recovery relies on where it stands.
+    /// Whether its reader may pass rows of other backends while it does not send. A batch in flight ends at a position
+    /// that was read, and while it connects, recovery relies on where it stands.
     pub fn may_pass_by(&self) -> bool {
         let is_settled = matches!(self.connection, ConnectionState::Up | ConnectionState::Down { .. });
         is_settled && self.flights.is_empty()

@@ -38,7 +38,7 @@ pub enum Sighting {
     /// It stands in its stream, or has stood there: the entries of a batch that was appended can only be removed.
     There,
     Missing,
-    /// It is not there. Entries of its stream were removed, or are too many to look at; the last one that was ever added
-    /// is the entry of this event. If that was sent before the batch, the batch has added nothing.
+    /// It is not there. Entries of its stream were removed, or are too many to look at; the last one that was ever
+    /// added is the entry of this event. If that was sent before the batch, the batch has added nothing.
     NotBehind(EventName),
 }

@@ -7,8 +7,8 @@
 //! refresh), `released` (1: the owner has left), `number` (of the last batch), `position` (of the reader after that
 //! batch), `previous` (before it), `again` (the seqs of a batch of events that had been refused), `compares` (1: events
 //! behind `previous` may already be in the streams, which is found out by comparing event ids), `wal` (the position up
-//! to which the WAL was flushed for the batch), `total` (events so far), `own_stream` (the stream of those events of the
-//! batch that name none). A claim that starts anew counts as an empty batch.
+//! to which the WAL was flushed for the batch), `total` (events so far), `own_stream` (the stream of those events of
+//! the batch that name none). A claim that starts anew counts as an empty batch.
 
 pub mod claim;
 pub mod epoch;

@@ -25,8 +25,8 @@ pub struct Key {
 
 /// An open scan, in ascending order of `seq`.
 pub trait Scan {
-    /// Moves to the next row; `None` at the end, and then for ever. A key without a transaction id (0) says that rows up to
-    /// it were passed by.
+    /// Moves to the next row; `None` at the end, and then for ever. A key without a transaction id (0) says that rows
+    /// up to it were passed by.
     fn advance(&mut self) -> Option<Key>;
 }
 

@@ -73,7 +73,8 @@ pub(super) fn judged<B: Books>(
     Ok(found.iter().map(is_appended).collect())
 }
 
-/// Whether an entry belongs to an event that this backend has sent up to `position`, and that nobody else can have sent.
+/// Whether an entry belongs to an event that this backend has sent up to `position`, and that nobody else can have
+/// sent.
 fn was_sent<R: Rows>(rows: &mut R, name: &EventName, position: &Position) -> bool {
     let (id, time) = name;
     let published = unhyphenated(id).and_then(|event_id| rows.published(event_id));

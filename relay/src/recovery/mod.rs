@@ -2,8 +2,8 @@
 //! position holds then, and which events must be looked for in the streams before anything is sent.
 //!
 //! ```text
-//! Idle ── guard read ──▶ Read ── judged ──▶ Claiming ── confirmed ──▶ Claimed ──▶ Looking ── answered ──▶ Seen ──▶ Idle: it is up
-//!                          └─ somebody else's: held off, Idle             └──── nothing to look for ────────────────▶ Idle: it is up
+//! Idle ─ guard read ─▶ Read ─ judged ─▶ Claiming ─ confirmed ─▶ Claimed ─▶ Looking ─ answered ─▶ Seen ─▶ Idle, up
+//!                       └─ somebody else's: held off, Idle         └──── nothing to look for ────────────▶ Idle, up
 //! ```
 //! Reports of the sender move it to *Read*, *Claimed* and *Seen*. [`Recovery::step`] continues from there. Everything
 //! that it reads and writes goes through [`Books`]: the extension implements them on its tables, the simulation on a

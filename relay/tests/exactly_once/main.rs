@@ -149,7 +149,8 @@ fn the_oracle_catches_a_comparison_that_ends_before_its_limit() {
     assert!(said.contains("times in its stream"), "{said}");
 }
 
-/// Clients alternate between two histories of Redis, and replies are lost meanwhile. Each history continues where it was left.
+/// Clients alternate between two histories of Redis, and replies are lost meanwhile. Each history continues where it
+/// was left.
 #[test]
 fn a_redis_with_two_histories_loses_and_repeats_nothing() {
     mutate(None);

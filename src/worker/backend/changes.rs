@@ -106,8 +106,8 @@ impl Backend {
         self.delivery.set_streams(Streams::default());
     }
 
-    /// Logs the key of the guard, which nobody uses any more. It stays: a server that gets the backend back, from a backup
-    /// or as a standby without the deletion, learns from it what was sent.
+    /// Logs the key of the guard, which nobody uses any more. It stays: a server that gets the backend back, from a
+    /// backup or as a standby without the deletion, learns from it what was sent.
     fn say_deleted(&self) {
         if let Some(key) = self.guard_key() {
             log(
