@@ -3,7 +3,8 @@
 //!
 //! - [`call`] `publish_event`, in all signatures
 //! - [`array`] `publish_events`
-//! - [`trigger`] plain INSERT and COPY
+//! - [`trigger`] plain INSERT and COPY, of an [`inserted_row`]; [`confirming`] it after other triggers; [`drawn`]
+//!   numbers of rows that are published again; [`restoring`] rows of a dump
 //! - [`bridge`] rows of other products' outbox tables
 //! - [`request`] what a publisher asks for; [`error`] the messages of all refusals
 //! - [`destinations`] where an event goes, by its backend or by routes; [`placing`] which stream it goes into, and
@@ -27,10 +28,13 @@ mod array;
 mod binary;
 mod bridge;
 mod call;
+mod confirming;
 mod destinations;
 mod doubts;
+mod drawn;
 mod error;
 mod fan_out;
+mod inserted_row;
 mod json;
 pub(crate) mod lent_rights;
 pub(crate) mod on_conflict;
@@ -39,6 +43,7 @@ pub(crate) mod planning;
 pub(crate) mod refused_rights;
 mod repeated_id;
 mod request;
+mod restoring;
 pub(crate) mod returning;
 mod trace;
 mod trigger;
