@@ -134,7 +134,7 @@ impl Reader {
                     }
                     return Ok(true);
                 }
-                Some(Step::Passed(key)) => key.seq,
+                Some(Step::Passed(seq)) => seq,
                 Some(Step::Row(key)) => {
                     if self.position.covers(key) {
                         return violated(Wrong::CoversUnread, key.seq);
@@ -411,7 +411,7 @@ impl Table for Counting {
 }
 
 impl Scan for CountingRows {
-    fn advance(&mut self) -> Option<Key> {
+    fn advance(&mut self) -> Option<Step> {
         self.asked.update(|n| n + 1);
         self.rows.advance()
     }

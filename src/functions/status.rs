@@ -17,7 +17,7 @@ use crate::tables::ticks;
 use crate::tables::{backends, cursors};
 use pgrx::iter::TableIterator;
 use pgrx::{PgLogLevel, PgSqlErrorCode, name, pg_extern, pg_sys};
-use relay::reading::range::{Key, Position, RangeScan, Step};
+use relay::reading::range::{Key, Position, RangeScan};
 use relay::redis::hash_slot::{HASH_SLOTS, tag_of};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -120,9 +120,8 @@ fn behind_cursor(number: i32, limit: i64, most_steps: Option<i64>) -> (i64, Opti
     let mut count_range = |scan: &mut RangeScan<crate::tables::events::EventsScan>| -> bool {
         while let Some(step) = scan.step() {
             met += 1;
-            let (Step::Row(key) | Step::Passed(key)) = step;
-            last_seq = key.seq;
-            if matches!(step, Step::Row(_)) {
+            last_seq = step.seq();
+            if let Some(key) = step.row() {
                 let row = scan.current().row();
                 if row.backend_number() == number && stand.waits(row, key) {
                     oldest = oldest.or_else(|| row.i64(attribute::CREATED_AT));

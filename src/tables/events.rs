@@ -6,7 +6,7 @@ use crate::tables::missing::Index;
 use crate::tables::row::Row;
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
-use relay::reading::range::{Key, Scan, Table};
+use relay::reading::range::{Scan, Step, Table};
 use std::rc::Rc;
 
 /// Functions that are called for each row, without a guard around each call.
@@ -157,7 +157,7 @@ impl EventsTable {
         ];
         // SAFETY: a static snapshot.
         let mut scan = self.scan_as(&raw mut pg_sys::SnapshotAnyData, self.xid_key, &keys);
-        std::iter::from_fn(|| scan.advance()).map(|key| key.seq).min()
+        std::iter::from_fn(|| scan.advance()).map(Step::seq).min()
     }
 
     fn scan(&self, index: pg_sys::Relation, keys: &[ScanKey]) -> EventsScan {
@@ -258,7 +258,8 @@ impl Table for EventsTable {
         }
         let low = xid_key(pg_sys::BTGreaterEqualStrategyNumber, pg_sys::F_XID8GE, from);
         let high = xid_key(pg_sys::BTLessStrategyNumber, pg_sys::F_XID8LT, before);
-        self.scan(self.xid_key, &[low, high]).advance().map(|key| key.xid)
+        let first = self.scan(self.xid_key, &[low, high]).advance();
+        first.and_then(Step::row).map(|key| key.xid)
     }
 }
 
@@ -359,7 +360,7 @@ impl EventsScan {
 }
 
 impl Scan for EventsScan {
-    fn advance(&mut self) -> Option<Key> {
+    fn advance(&mut self) -> Option<Step> {
         if self.is_at_end {
             return None;
         }
@@ -384,9 +385,8 @@ impl Scan for EventsScan {
                 self.is_at_end = true;
                 None
             }
-            Met::Row(_) => Some(self.row.key()),
-            // It stands for rows of transactions that every position has seen.
-            Met::Others(seq) => Some(Key { xid: 0, seq }),
+            Met::Row(_) => Some(Step::Row(self.row.key())),
+            Met::Others(seq) => Some(Step::Passed(seq)),
         }
     }
 }

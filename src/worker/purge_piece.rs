@@ -11,7 +11,7 @@ use crate::tables::events::EventsTable;
 use crate::tables::{backends, refused, retention};
 use pgrx::datum::Interval;
 use pgrx::{pg_extern, pg_sys};
-use relay::reading::range::{RangeScan, Step};
+use relay::reading::range::RangeScan;
 use relay::reading::snapshot::Tick;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -59,13 +59,11 @@ pub(super) fn purge_sent(
             });
             pgrx::check_for_interrupts!();
             let mut scan = RangeScan::open(&mut table, &from, &window, after);
-            loop {
-                let step = scan.step();
-                let (Some(Step::Row(key)) | Some(Step::Passed(key))) = step else {
-                    break;
-                };
-                last = Some(key.seq);
-                if matches!(step, Some(Step::Row(_))) && is_its(scan.current().row().backend_number()) {
+            while let Some(step) = scan.step() {
+                last = Some(step.seq());
+                if let Some(key) = step.row()
+                    && is_its(scan.current().row().backend_number())
+                {
                     found.push(key.seq);
                 }
                 if found.len() >= STEP_ROWS.min(count - deleted.len()) {

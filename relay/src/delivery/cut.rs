@@ -269,7 +269,7 @@ impl Pass {
                     is_at_end = true;
                     break;
                 }
-                Some(Step::Passed(key)) => self.seq = key.seq,
+                Some(Step::Passed(seq)) => self.seq = seq,
                 Some(Step::Row(key)) => {
                     let has_stopped = match source.awaits_sweep(scan.current(), key) {
                         true => self.stop_all_of(source.number(scan.current()), key),

@@ -23,11 +23,37 @@ pub struct Key {
     pub seq: i64,
 }
 
+/// One step of a scan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A row.
+    Row(Key),
+    /// Rows up to this number were met that are not wanted: they are of other backends, or not of the range. They cost
+    /// time too.
+    Passed(i64),
+}
+
+impl Step {
+    /// How far the scan has come.
+    pub fn seq(self) -> i64 {
+        match self {
+            Self::Row(key) => key.seq,
+            Self::Passed(seq) => seq,
+        }
+    }
+
+    pub fn row(self) -> Option<Key> {
+        match self {
+            Self::Row(key) => Some(key),
+            Self::Passed(_) => None,
+        }
+    }
+}
+
 /// An open scan, in ascending order of `seq`.
 pub trait Scan {
-    /// Moves to the next row; `None` at the end, and then for ever. A key without a transaction id (0) says that rows
-    /// up to it were passed by.
-    fn advance(&mut self) -> Option<Key>;
+    /// Moves on; `None` at the end, and then for ever.
+    fn advance(&mut self) -> Option<Step>;
 }
 
 /// The table of events as the reader needs it: committed rows only.
@@ -189,20 +215,12 @@ impl FromStr for Position {
     }
 }
 
-/// One step of a [`RangeScan`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// A row of the range.
-    Row(Key),
-    /// A row that the pass met but that does not belong to the range. It costs time too.
-    Passed(Key),
-}
-
 /// The rows from a position to its next tick, in publishing order.
 pub struct RangeScan<S> {
     from: Arc<Tick>,
     to: Arc<Tick>,
-    late: Vec<(Key, S)>,
+    /// With the steps that they have come to.
+    late: Vec<(Step, S)>,
     new: S,
     /// The index in `late` that the current row came from; `None`: it came from `new`.
     current: Option<usize>,
@@ -216,8 +234,8 @@ impl<S: Scan> RangeScan<S> {
         if last_seq < from.low_seq && !by_seq_alone {
             for xid in late_xids(table, from, to) {
                 let mut scan = table.by_xid(xid, last_seq, from.low_seq);
-                if let Some(key) = scan.advance() {
-                    late.push((key, scan));
+                if let Some(step) = scan.advance() {
+                    late.push((step, scan));
                 }
             }
         }
@@ -237,22 +255,20 @@ impl<S: Scan> RangeScan<S> {
     pub fn step(&mut self) -> Option<Step> {
         if let Some(index) = self.current.take() {
             match self.late[index].1.advance() {
-                Some(key) => self.late[index].0 = key,
+                Some(step) => self.late[index].0 = step,
                 None => drop(self.late.swap_remove(index)),
             }
         }
-        let lowest = self.late.iter().enumerate().min_by_key(|(_, (key, _))| key.seq);
-        if let Some((index, (key, _))) = lowest {
-            let key = *key;
+        let lowest = self.late.iter().enumerate().min_by_key(|(_, (step, _))| step.seq());
+        if let Some((index, (step, _))) = lowest {
             self.current = Some(index);
-            return Some(match key.xid {
-                0 => Step::Passed(key),
-                _ => Step::Row(key),
-            });
+            return Some(*step);
         }
-        let key = self.new.advance()?;
-        let of_range = self.to.snapshot.sees(key.xid) && !self.from.snapshot.sees(key.xid);
-        Some(if of_range { Step::Row(key) } else { Step::Passed(key) })
+        let is_of_range = |xid| self.to.snapshot.sees(xid) && !self.from.snapshot.sees(xid);
+        Some(match self.new.advance()? {
+            Step::Row(key) if !is_of_range(key.xid) => Step::Passed(key.seq),
+            step => step,
+        })
     }
 
     /// The scan that stands at the row of the last step.

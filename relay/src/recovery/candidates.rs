@@ -4,7 +4,7 @@ use crate::event::text::{rfc3339, unhyphenated};
 use crate::event::wanted::{EventName, Purpose, Sighting};
 use crate::guard::Guard;
 use crate::guard::claim::Start;
-use crate::reading::range::{Key, Position, RangeScan, Scan, Step, Table};
+use crate::reading::range::{Key, Position, RangeScan, Scan, Table};
 use crate::reading::snapshot::Tick;
 use crate::recovery::books::Rows;
 use crate::recovery::books::{Books, Candidate};
@@ -213,13 +213,12 @@ fn between<R: Rows>(
     let is_between = |key: Key| upto.covers(key) && !from.covers(key);
     let mut scan = RangeScan::open(&mut table, &from.from, to, after);
     while let Some(step) = scan.step() {
-        let (Step::Row(key) | Step::Passed(key)) = step;
-        if found.len() >= limit || last.is_some_and(|last| key.seq > last) {
+        if found.len() >= limit || last.is_some_and(|last| step.seq() > last) {
             break;
         }
-        if !matches!(step, Step::Row(_)) || !is_between(key) {
+        let Some(key) = step.row().filter(|key| is_between(*key)) else {
             continue;
-        }
+        };
         if !looks.for_replays() && rows.is_replay(scan.current()) {
             continue;
         }

@@ -1,6 +1,6 @@
 //! What a statement sees of the model's table of events.
 
-use relay::reading::range::{Key, Scan, Table};
+use relay::reading::range::{Key, Scan, Step, Table};
 use std::rc::Rc;
 
 /// The committed rows at one moment, by number.
@@ -54,12 +54,12 @@ impl Table for View {
 }
 
 impl Scan for Rows {
-    fn advance(&mut self) -> Option<Key> {
+    fn advance(&mut self) -> Option<Step> {
         while let Some(key) = self.keys.get(self.next).filter(|key| key.seq <= self.upto) {
             self.next += 1;
             if self.xid.is_none_or(|xid| xid == key.xid) {
                 self.current = key.seq;
-                return Some(*key);
+                return Some(Step::Row(*key));
             }
         }
         None
