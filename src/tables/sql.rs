@@ -7,7 +7,7 @@ use crate::tables::found_row::FoundRow;
 use crate::tables::rights;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::{self, PgOid};
-use pgrx::spi::{OwnedPreparedStatement, Spi, SpiClient};
+use pgrx::spi::{OwnedPreparedStatement, PreparedStatement, Spi, SpiTupleTable};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -48,15 +48,15 @@ thread_local! {
     static KEPT: RefCell<HashMap<String, KeptStatement>> = RefCell::default();
 }
 
+/// What SPI makes of a statement.
+type Prepared<'c> = Result<PreparedStatement<'c>, pgrx::spi::Error>;
+
 /// A statement that runs often, parsed and planned once. The plan must be good however large its tables become, so it
 /// uses indexes where it can.
-fn kept(client: &SpiClient<'_>, sql: &str, args: &[DatumWithOid<'_>], writes: bool) -> KeptStatement {
+fn kept<'c>(sql: &str, make: impl FnOnce() -> (Prepared<'c>, pg_sys::SPIPlanPtr)) -> KeptStatement {
     let known = KEPT.with_borrow(|kept| kept.get(sql).copied());
     known.unwrap_or_else(|| {
-        let (made, locks) = match writes {
-            true => (client.prepare_mut(sql, &types_of(args)), std::ptr::null_mut()),
-            false => (client.prepare(sql, &types_of(args)), kept_plan(sql, args)),
-        };
+        let (made, locks) = make();
         let made = made.unwrap_or_else(|e| internal(e.to_string())).keep();
         // It is never freed: the process's memory ends with the process.
         let statement: &'static OwnedPreparedStatement = Box::leak(Box::new(made));
@@ -105,7 +105,7 @@ fn execution_of_kept<R>(f: impl FnOnce() -> R) -> R {
 pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::reading(|| {
         Spi::connect(|client| {
-            let kept = kept(client, sql, args, false);
+            let kept = kept(sql, || (client.prepare(sql, &types_of(args)), kept_plan(sql, args)));
             execution_of_kept(|| lock_tables(kept));
             // SAFETY: as in `query`; also here the tables are locked before.
             unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -122,7 +122,7 @@ pub(crate) fn query_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnM
 pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
     rights::writing(|| {
         Spi::connect_mut(|client| {
-            let kept = kept(client, sql, args, true);
+            let kept = kept(sql, || (client.prepare_mut(sql, &types_of(args)), std::ptr::null_mut()));
             let table = execution_of_kept(|| client.update(kept.statement, None, args));
             FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
         })
@@ -131,12 +131,16 @@ pub(crate) fn run_kept<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut
 
 /// Runs a statement that writes. Returns the rows that it returns.
 pub(crate) fn run_returning<R>(sql: &str, args: &[DatumWithOid<'_>], each: impl FnMut(&FoundRow<'_>) -> R) -> Vec<R> {
+    write_once(sql, args, |table| FoundRow::for_all(table, each))
+}
+
+fn write_once<R>(sql: &str, args: &[DatumWithOid<'_>], f: impl FnOnce(SpiTupleTable<'_>) -> R) -> R {
     rights::writing(|| {
         Spi::connect_mut(|client| {
             let statement = client.prepare_mut(sql, &types_of(args));
             let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
             let table = rights::execution(|| client.update(&statement, None, args));
-            FoundRow::for_all(table.unwrap_or_else(|e| internal(e.to_string())), each)
+            f(table.unwrap_or_else(|e| internal(e.to_string())))
         })
     })
 }
@@ -160,14 +164,7 @@ where
 
 /// Runs a statement that writes. Returns the number of rows.
 pub(crate) fn run(sql: &str, args: &[DatumWithOid<'_>]) -> u64 {
-    rights::writing(|| {
-        Spi::connect_mut(|client| {
-            let statement = client.prepare_mut(sql, &types_of(args));
-            let statement = statement.unwrap_or_else(|e| internal(e.to_string()));
-            let table = rights::execution(|| client.update(&statement, None, args));
-            table.unwrap_or_else(|e| internal(e.to_string())).len() as u64
-        })
-    })
+    write_once(sql, args, |table| table.len() as u64)
 }
 
 /// A parameter of a statement, with its name.

@@ -236,9 +236,17 @@ impl Connection {
         self.sender.goes_on(Sender::Released);
     }
 
-    /// Where the backend is connected, or with `fails` where its failure came from, as text.
-    pub(crate) fn place(&self, fails: bool) -> String {
-        let address = if fails { &self.failed_at } else { &self.address };
+    /// Where the backend is connected, as text.
+    pub(crate) fn place(&self) -> String {
+        self.shown(self.address.as_ref())
+    }
+
+    /// Where its failure came from, as text.
+    pub(crate) fn failed_place(&self) -> String {
+        self.shown(self.failed_at.as_ref())
+    }
+
+    fn shown(&self, address: Option<&Address>) -> String {
         match (address, &self.destination) {
             (Some(address), _) => address.to_string(),
             (None, Ok(destination)) if destination.route == NodeRoute::Direct => destination.address.to_string(),

@@ -97,8 +97,11 @@ impl Backend {
 
     /// Where its failure came from, or where it is connected.
     fn place(&self) -> String {
-        let fails = self.delivery.trouble().is_some();
-        let place = self.duty.connection().map(|connection| connection.place(fails));
+        let connection = self.duty.connection();
+        let place = connection.map(|connection| match self.delivery.trouble() {
+            Some(_) => connection.failed_place(),
+            None => connection.place(),
+        });
         place.unwrap_or_default()
     }
 
