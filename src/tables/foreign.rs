@@ -139,8 +139,8 @@ fn has_future_xid() -> bool {
         .is_some_and(|xid| xid >= next_xid)
 }
 
-/// Examines `count` rows after `after`, up to `upto`. Returns the last number that it examined; `None`: there are no more
-/// rows.
+/// Examines `count` rows after `after`, up to `upto`. Returns the last number that it examined; `None`: there are no
+/// more rows.
 pub(crate) fn look_at_rows(judge: &mut Judge, after: i64, upto: i64, count: i64) -> Option<i64> {
     let piece = query(
         // A row whose payload was erased (outbox.erase) was last written by another transaction. The check reads only a

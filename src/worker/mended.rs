@@ -50,8 +50,8 @@ pub(super) struct Sweep {
 }
 
 impl Sweep {
-    /// Whether a row may get another number. If it were read before, it could overtake rows that have already got theirs.
-    /// `next_xid` was read after it.
+    /// Whether a row may get another number. If it were read before, it could overtake rows that have already got
+    /// theirs. `next_xid` was read after it.
     pub(super) fn may_move(&self, row: &Written, next_xid: u64) -> bool {
         match &self.judge {
             Some(judge) => row.seq <= self.upto && judge.suspects(row, next_xid),

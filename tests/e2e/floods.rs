@@ -174,23 +174,6 @@ fn many_rows_that_are_restored_without_triggers_delay_no_other_backend() {
     assert_most_meet_nothing(medians);
 }
 
-/// As a dump is restored. The worker looks for each of them in the stream before it sends it.
-#[test]
-fn many_rows_of_a_dump_delay_no_other_backend() {
-    const COUNT: usize = 50_000;
-    let stack = Stack::with(&[("outbox_relay.redis_max_len", "0")]);
-    let medians = beside(&stack, "rows of a dump", |_| {
-        stack.pg.exec(&format!(
-            "insert into outbox.events (xid, created_at, event_id, backend_number, event_type, source, backend)
-                 select '5', now(), gen_random_uuid(), 1, 'restored', 'kit', 'default' from generate_series(1, {COUNT})"
-        ));
-        kit::eventually("all to arrive", Duration::from_secs(60), || {
-            (stack.redis.xlen("events") == COUNT).then_some(())
-        });
-    });
-    assert_most_meet_nothing(medians);
-}
-
 #[test]
 fn many_healthy_streams_delay_no_other_backend() {
     const COUNT: i64 = 50_000;
