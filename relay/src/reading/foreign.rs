@@ -211,6 +211,21 @@ mod tests {
         assert_eq!(found("90:100:95/102/50/55", &[row(50, 104, 112)], 120), [50]);
     }
 
+    /// Before a writer has been given away by its other rows.
+    #[test]
+    fn rows_are_suspected_that_may_turn_out_to_be_foreign() {
+        let judge = |touched_by| Judge::new("100:100:/100/50/55".parse().unwrap(), touched_by, false);
+        let suspects = |touched_by, row| judge(touched_by).suspects(&row, 120);
+        // By chance it may carry the id of the transaction that has restored it,
+        assert!(suspects(112, row(60, 110, 110)) && suspects(112, row(60, 112, 112)));
+        // but not if the trigger was enabled before, or if the writer ended before the trigger was touched.
+        assert!(!suspects(109, row(60, 110, 110)) && !suspects(112, row(60, 99, 99)));
+        assert!(!suspects(0, row(60, 110, 110)));
+        // It contradicts by itself.
+        assert!(suspects(109, row(60, 130, 110)) && suspects(109, row(60, 99, 110)));
+        assert!(!suspects(109, row(60, 110, 112)));
+    }
+
     #[test]
     fn all_rows_of_a_writer_with_several_ids_are_foreign() {
         let rows = [

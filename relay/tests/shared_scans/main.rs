@@ -6,6 +6,7 @@
 mod model;
 mod paused;
 mod rows;
+mod sweep;
 
 use model::{Database, Rng, caught, for_each_seed, likely};
 use relay::delivery::backoff::Backoff;
@@ -65,6 +66,8 @@ enum Mutant {
     ForgetsElsewhere,
     /// The reader of a backend that does not send passes a row of its own, too.
     PassesItsOwn,
+    /// Rows that may get other numbers are read like any others.
+    ReadsBeforeTheSweep,
 }
 
 struct Member {
@@ -158,6 +161,8 @@ struct World {
     is_deleted: bool,
     /// Rows that all have delivered some time ago.
     old: Option<Arc<Tick>>,
+    /// A sweep has passed the rows up to this number; `None`: there is none.
+    swept: Option<i64>,
     scans: usize,
     limits: fn(&mut Rng) -> Limits,
 }
@@ -182,6 +187,7 @@ impl World {
             latest: Arc::new(Tick::beginning()),
             is_deleted: false,
             old: None,
+            swept: None,
             scans: 0,
             limits: tight,
             rng,
@@ -251,11 +257,13 @@ impl World {
             database: &self.database,
             members: &self.members,
             is_deleted: self.is_deleted,
+            swept: self.swept.filter(|_| self.mutant != Mutant::ReadsBeforeTheSweep),
         };
         Pass::new(group, readers, backends, limits).run(&mut view, &mut rows, &|| is_wanted)
     }
 
     fn hand_over(&mut self, reader: Collector) -> Result<(), String> {
+        self.check_sweep(&reader)?;
         let member = &mut self.members[reader.index];
         for record in reader.records {
             let Record::Fail { seq, .. } = record else {
@@ -422,6 +430,7 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), String> {
         if likely(&mut world.rng, 0.4) {
             world.take_tick();
         }
+        world.sweep();
         world.round(steps, aborts)?;
         world.pause();
         world.pass_by(steps, aborts)?;
@@ -445,6 +454,7 @@ fn schedule(seed: u64, mutant: Mutant) -> Result<(), String> {
         }
     }
     world.members.iter_mut().for_each(|m| m.is_paused = false);
+    world.swept = None;
     world.database.finish(&mut world.rng);
     world.take_tick();
     let hung = world.rng.usize(..world.members.len());

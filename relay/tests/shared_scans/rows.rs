@@ -1,17 +1,20 @@
 //! The rows that a pass reads.
 
 use crate::model::{Database, Rows};
+use crate::sweep::may_move;
 use crate::{DELETED, Member, hash_slot, is_damaged, number};
 use relay::delivery::Delivery;
 use relay::delivery::batch::OpenBatch;
 use relay::delivery::cut::{Offer, Source};
 use relay::delivery::flight::BatchedEvent;
+use relay::reading::range::Key;
 use std::rc::Rc;
 
 pub(crate) struct ScannedRows<'a> {
     pub(crate) database: &'a Database,
     pub(crate) members: &'a [Member],
     pub(crate) is_deleted: bool,
+    pub(crate) swept: Option<i64>,
 }
 
 pub(crate) struct RowOffer<'a> {
@@ -41,6 +44,10 @@ impl Source for ScannedRows<'_> {
 
     fn unreadable(&mut self, scan: &Rows) -> Option<String> {
         is_damaged(scan.seq()).then(|| "damaged".to_owned())
+    }
+
+    fn awaits_sweep(&mut self, _scan: &Rows, key: Key) -> bool {
+        may_move(key.seq, self.swept)
     }
 
     fn with_event<R>(&mut self, scan: &Rows, reader: usize, f: impl FnOnce(RowOffer<'_>) -> R) -> R {
