@@ -100,6 +100,8 @@ fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
         std::thread::sleep(time);
         return Ok(());
     }
+    // A Redis that has lost its last writes may have an earlier copy's streams again.
+    delete_streams(site);
     dba.until_done_in(COPY, "take over in the copy", |client| {
         with_one_stream().try_for_each(|(backend, stream)| {
             client.batch_execute(&format!(
@@ -112,10 +114,14 @@ fn live(site: &Site, dba: &Dba, life: CopyLife, time: Duration) -> Outcome {
     std::thread::sleep(time);
     let arrived = with_one_stream()
         .try_for_each(|(backend, stream)| wait_sent(site, dba, backend.name, backend.store, &copied(stream)));
+    delete_streams(site);
+    arrived
+}
+
+fn delete_streams(site: &Site) {
     for (backend, stream) in with_one_stream() {
         site.stores[backend.store].primary().call(&["DEL", &copied(stream)]);
     }
-    arrived
 }
 
 /// The backends with one stream. What a copy publishes is sent nowhere before its backends have streams of their own,
