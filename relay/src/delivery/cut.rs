@@ -273,13 +273,10 @@ impl Pass {
                 Some(Step::Row(key)) => {
                     let has_stopped = match source.awaits_sweep(scan.current(), key) {
                         true => self.stop_all_of(source.number(scan.current()), key),
-                        false => match self.refused_by(source, scan.current(), key) {
-                            Some(reader) => {
-                                self.stop(reader);
-                                true
-                            }
-                            None => false,
-                        },
+                        false => {
+                            let refused_by = self.refused_by(source, scan.current(), key);
+                            refused_by.map(|reader| self.stop(reader)).is_some()
+                        }
                     };
                     if has_stopped && self.can_all_wait() {
                         break;

@@ -194,6 +194,18 @@ impl World {
         }
     }
 
+    /// Only readers that send, all equally fast and with much room.
+    fn of_fast_senders() -> Self {
+        let mut world = Self::new(1, Mutant::None);
+        world.limits = |_| Limits::of(1_000);
+        world.members.retain(|m| m.role == Role::Redis);
+        for member in &mut world.members {
+            member.speed = 1.0;
+            member.delivery.set_window_bytes(2 * 1024 * 1024);
+        }
+        world
+    }
+
     fn take_tick(&mut self) {
         self.latest = Arc::new(self.database.tick(&mut self.rng));
     }
@@ -514,13 +526,7 @@ fn the_oracle_catches_a_deleted_backend_that_is_forgotten_elsewhere() {
 /// Readers that begin together stay together, so that one scan serves them all.
 #[test]
 fn one_scan_serves_readers_of_the_same_speed() {
-    let mut world = World::new(1, Mutant::None);
-    world.limits = |_| Limits::of(1_000);
-    world.members.retain(|m| m.role == Role::Redis);
-    for member in &mut world.members {
-        member.speed = 1.0;
-        member.delivery.set_window_bytes(2 * 1024 * 1024);
-    }
+    let mut world = World::of_fast_senders();
     for _ in 0..500 {
         world.database.publish(&[0, 1, 0, 1]);
     }

@@ -39,13 +39,7 @@ fn the_oracle_catches_rows_that_are_read_before_the_sweep() {
 
 #[test]
 fn a_row_that_waits_for_a_sweep_stops_only_its_own_backend() {
-    let mut world = World::new(1, Mutant::None);
-    world.limits = |_| Limits::of(1_000);
-    world.members.retain(|m| m.role == Role::Redis);
-    for member in &mut world.members {
-        member.speed = 1.0;
-        member.delivery.set_window_bytes(2 * 1024 * 1024);
-    }
+    let mut world = World::of_fast_senders();
     // The fourth row waits; it is the first backend's.
     world.database.publish(&[1, 0, 1, 0, 1, 1]);
     world.latest = Arc::new(world.database.quiet_tick());
