@@ -6,6 +6,7 @@
 //!   its owner.
 //! - An expression of the statement may change the role, or a cursor may be read on after SET ROLE.
 
+use crate::publish::refused_rights::INSERT;
 use crate::server::error::raise;
 use crate::server::query_tree::{Rights, item, length};
 use crate::server::report;
@@ -14,8 +15,6 @@ use crate::tables::publisher_limits;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::ffi::CStr;
-
-const INSERT: pg_sys::AclMode = pg_sys::ACL_INSERT as pg_sys::AclMode;
 
 /// Whether no table of a statement lends more than its lender may do. Notes who begins to publish.
 ///
