@@ -36,6 +36,13 @@ def literal(value):
     return "'" + str(value).replace("'", "''") + "'"
 
 
+def mapping(value, what):
+    """A dictionary. None counts as an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise Unusable(f"{what} is not a dictionary")
+    return value or {}
+
+
 class Script:
     """The SQL that is printed."""
 
@@ -58,23 +65,24 @@ class Script:
         self.sql(f"alter system set outbox_relay.{name} = {literal(value)};")
 
     def backend(self, name, columns, password, shows_passwords):
-        """A row of outbox.backends, and a separate statement for its password."""
+        """A row of outbox.backends, and a separate statement for its password. False if there cannot be one."""
         if not 1 <= len(name) <= 63:
             self.say(f"NOT CONVERTED: the name {name!r} does not have 1 to 63 characters.")
-            return
+            return False
         given = {"name": name, **{key: value for key, value in columns.items() if value is not None}}
         names = ", ".join(given)
         values = ", ".join(literal(value) for value in given.values())
         changes = ", ".join(f"{key} = excluded.{key}" for key in given if key != "name") or "name = excluded.name"
         self.sql(f"insert into outbox.backends ({names})\nvalues ({values})\non conflict (name) do update set {changes};")
         if password in (None, ""):
-            return
-        if shows_passwords:
+            pass
+        elif shows_passwords:
             self.sql(f"select outbox.set_backend_password({literal(name)}, {literal(password)});")
         else:
             self.say("It has a password. After this script, set it by this command, which shows it in no log and no history:")
             quoted = "'" + name.replace("'", "'\\''") + "'"
             self.say(f"    psql -v backend={quoted} -f contrib/set_backend_password.sql")
+        return True
 
     def print(self):
         print("\n".join(self.lines))
@@ -89,7 +97,7 @@ OPTIONS = ("host", "port", "db", "password", "stream_name", "max_len", "connect_
 
 def plain_name(stream):
     """Doubles the braces of a name, because single ones are placeholders in outbox_relay."""
-    return stream.replace("{", "{{").replace("}", "}}") if stream else None
+    return str(stream).replace("{", "{{").replace("}", "}}") if stream else None
 
 
 def django_settings(source):
@@ -137,14 +145,15 @@ def seconds(script, name, value):
 
 
 def django_backend(script, name, config, shows_passwords):
+    """False: it is not converted."""
     script.gap()
     script.say(f"OUTBOX_PUBLISHERS[{name!r}]")
     config = config if isinstance(config, dict) else {}
     if config.get("BACKEND") not in REDIS_BACKENDS:
         script.say(f"NOT CONVERTED: its BACKEND is {config.get('BACKEND')!r}. outbox_relay writes only to Redis Streams.")
-        return
-    options = config.get("OPTIONS") or {}
+        return False
     label = f"OUTBOX_PUBLISHERS[{name!r}]['OPTIONS']"
+    options = mapping(config.get("OPTIONS"), label)
     for key in options:
         if key not in OPTIONS:
             script.say(f"{label}[{key!r}] is not converted: django-broadcaster ignored it.")
@@ -162,7 +171,7 @@ def django_backend(script, name, config, shows_passwords):
         "connect_timeout": seconds(script, f"{label}['connect_timeout']", options.get("connect_timeout", 5)),
         "socket_timeout": seconds(script, f"{label}['socket_timeout']", options.get("socket_timeout", 5)),
     }
-    script.backend(str(name), columns, options.get("password"), shows_passwords)
+    return script.backend(str(name), columns, options.get("password"), shows_passwords)
 
 
 def days(value):
@@ -225,15 +234,13 @@ def django(source, shows_passwords):
     script.say("Settings of django-broadcaster for outbox_relay. Review them, then run them with psql as a superuser, in the")
     script.say("database that has the extension. Do not run them in one transaction: ALTER SYSTEM cannot run in one.")
     publishers = given["OUTBOX_PUBLISHERS"]
-    for name, config in publishers.items():
-        django_backend(script, name, config, shows_passwords)
-    if publishers:
-        usable = [name for name, config in publishers.items() if isinstance(config, dict) and config.get("BACKEND") in REDIS_BACKENDS]
-        first = str((usable or list(publishers))[0])
+    converted = [name for name, config in publishers.items() if django_backend(script, name, config, shows_passwords)]
+    if converted:
+        first = str(converted[0])
         script.gap()
         script.say("Events that name no backend go to the first one, as with django-broadcaster.")
         script.setting("default_backend", first)
-        if "default" not in publishers:
+        if "default" not in converted:
             script.say("The backend 'default', which CREATE EXTENSION has made, is not needed:")
             script.sql("delete from outbox.backends where name = 'default';")
     django_group(script, "OUTBOX_WORKER", given["OUTBOX_WORKER"], WORKER)
@@ -415,43 +422,62 @@ def substituted(value):
     return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", known, value)
 
 
-def identifier(name):
-    return name if re.fullmatch(r"[a-z_][a-z0-9_$]*", name) else '"' + name.replace('"', '""') + '"'
+def quoted(name):
+    """A name in a condition. A plain "user" there would be the role."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def table_name(name):
-    return ".".join(identifier(part) for part in name.split("."))
+    return ".".join(part if re.fullmatch(r"[a-z_][a-z0-9_$]*", part) else quoted(part) for part in name.split("."))
+
+
+def comparison(left, operator, wanted):
+    """A comparison as Sequin makes it, where a missing value differs from each value; None if there is no equivalent."""
+    if operator in ("is null", "is not null"):
+        return f"{left} {operator}"
+    if operator in ("in", "not in") and isinstance(wanted, list) and wanted and None not in wanted:
+        found = f"{left} in ({', '.join(literal(item) for item in wanted)})"
+        return found if operator == "in" else f"({found}) is not true"
+    if operator in ("=", "!=", ">", ">=", "<", "<=") and not isinstance(wanted, (list, dict, type(None))):
+        return f"{left} {'is distinct from' if operator == '!=' else operator} {literal(wanted)}"
+    return None
+
+
+def filtered(given):
+    """A filter on a column or on a part of its JSON, as SQL; None if it has no equivalent."""
+    column = quoted(str(given.get("column_name") or ""))
+    operator = str(given.get("operator", "=")).lower()
+    wanted = given.get("comparison_value")
+    if column == '""':
+        return None
+    if not given.get("field_path"):
+        return comparison(column, operator, wanted)
+    path = f"array[{', '.join(literal(part) for part in str(given['field_path']).split('.'))}]"
+    text = f"{column} #>> {path}"
+    if given.get("field_type") == "number" and operator not in ("is null", "is not null"):
+        # A value that is not a number must not fail the application's statement.
+        found = comparison(f"({text})::numeric", operator, wanted)
+        otherwise = "true" if operator in ("!=", "not in") else "false"
+        return found and f"case when jsonb_typeof({column} #> {path}) = 'number' then {found} else {otherwise} end"
+    return comparison(text, operator, ("true" if wanted else "false") if isinstance(wanted, bool) else wanted)
 
 
 def condition(script, filters):
     """Filters on columns, as a condition. If one of them has no equivalent: None, and a comment."""
     parts = []
     for given in filters:
-        left = identifier(str(given.get("column_name", "")))
-        operator = str(given.get("operator", "=")).lower()
-        wanted = given.get("comparison_value")
-        if given.get("field_path"):
-            path = "{" + ",".join(str(given["field_path"]).split(".")) + "}"
-            left = f"{left} #>> {literal(path)}"
-            if given.get("field_type") == "number":
-                left = f"({left})::numeric"
-            elif isinstance(wanted, bool):
-                wanted = "true" if wanted else "false"
-        if operator in ("is null", "is not null"):
-            parts.append(f"{left} {operator}")
-        elif operator in ("in", "not in") and isinstance(wanted, list):
-            parts.append(f"{left} {operator} ({', '.join(literal(item) for item in wanted)})")
-        elif operator in ("=", "!=", ">", ">=", "<", "<=") and not isinstance(wanted, (list, dict)):
-            parts.append(f"{left} {operator} {literal(wanted)}")
-        else:
-            script.say(f"CHECK: the filter {json.dumps(given, ensure_ascii=False)} is not converted: ALL rows become events.")
+        part = filtered(mapping(given, "a filter"))
+        if part is None:
+            words = json.dumps(given, ensure_ascii=False, default=str)
+            script.say(f"CHECK: the filter {words} is not converted: ALL rows become events.")
             return None
+        parts.append(part)
     return " and ".join(parts) or None
 
 
 def sequin_tables(script, sink):
     """The tables that a sink names."""
-    source = sink.get("source") or {}
+    source = mapping(sink.get("source"), "source")
     tables = list(source.get("include_tables") or [])
     if sink.get("table"):
         tables.insert(0, sink["table"])
@@ -464,14 +490,14 @@ def sequin_tables(script, sink):
 
 
 def sequin_sink(script, sink, attached, shows_passwords):
-    name = str(sink.get("name", ""))
-    destination = sink.get("destination") or {}
+    name = str(mapping(sink, "a sink").get("name", ""))
+    destination = mapping(sink.get("destination"), "destination")
     script.gap()
     script.say(f"Sink {name!r} of the database {sink.get('database')!r}")
     if destination.get("type") not in ("redis_stream", "redis"):
         script.say(f"NOT CONVERTED: its destination is {destination.get('type')!r}. outbox_relay writes only to Redis Streams.")
         return
-    script.backend(
+    is_there = script.backend(
         name,
         {
             "enabled": False if sink.get("status") == "disabled" else None,
@@ -487,6 +513,8 @@ def sequin_sink(script, sink, attached, shows_passwords):
         destination.get("password"),
         shows_passwords,
     )
+    if not is_there:
+        return
     operations = ",".join(action for action in ("insert", "update", "delete") if action in (sink.get("actions") or [action]))
     for key in ("transform", "filter", "routing", "enrichment"):
         if sink.get(key) not in (None, "none"):

@@ -116,7 +116,7 @@ fn sinks_of_sequin_become_sql_that_runs() {
         "-- NOT CONVERTED: its destination is 'webhook'.",
         "select outbox.attach_table('public.users', backend => 'user-changes', operations => 'insert,update', payload => 'both');",
         "select outbox.attach_table('public.\"Weird Name\"', backend => 'user-changes', ",
-        "condition => 'status in (''paid'', ''it''''s'') and metadata #>> ''{type,name}'' = ''premium'' and a is null');",
+        r#"condition => '"status" in (''paid'', ''it''''s'') and "metadata" #>> array[''type'', ''name''] = ''premium'' and "a" is null');"#,
     ] {
         assert!(script.contains(words), "{words} is not in\n{script}");
     }
@@ -149,6 +149,95 @@ fn sinks_of_sequin_become_sql_that_runs() {
     }
 }
 
+/// Without a backend to go to, events of the application would be refused.
+#[test]
+fn the_default_backend_stays_if_no_other_is_converted() {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    pg.extension();
+    let long = "x".repeat(64);
+    let redis = r#"{"BACKEND": "django_broadcaster.backends.RedisStreamBackend"}"#;
+    for (publishers, backends, default) in [
+        (r#""kafka": {"BACKEND": "some.Kafka"}"#.to_owned(), "default", None),
+        (format!(r#""{long}": {redis}"#), "default", None),
+        (format!(r#""{long}": {redis}, "main": {redis}"#), "main", Some("main")),
+    ] {
+        let given = format!(r#"{{"OUTBOX_PUBLISHERS": {{{publishers}}}}}"#);
+        let script = convert(&["django", "-"], &given, &[]).expect("it converts");
+        run(&pg, &script);
+        assert_eq!(
+            pg.one::<String>("select string_agg(name, ' ') from outbox.backends"),
+            backends
+        );
+        let set = "select max(setting) from pg_file_settings where name = 'outbox_relay.default_backend'";
+        assert_eq!(pg.one::<Option<String>>(set).as_deref(), default, "{script}");
+    }
+}
+
+/// A converted filter selects the rows that Sequin would select, and fails no statement of the application.
+#[test]
+fn filters_of_sequin_select_the_same_rows() {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    pg.extension();
+    pg.exec("create table people (id int primary key, \"user\" text, \"Group\" int, info jsonb)");
+    let rows = r#"(1, 'ann', 1, '{"age": 40, "a,b": "x"}'), (2, 'bob', 2, '{"age": "old"}'), (3, null, null, null), (4, 'cid', 3, '{"age": 7, "vip": true}')"#;
+    for (filter, expected) in [
+        ("column_name: user, operator: '=', comparison_value: ann", "1"),
+        ("column_name: user, operator: '!=', comparison_value: ann", "2 3 4"),
+        (
+            "column_name: user, operator: not in, comparison_value: [ann, bob]",
+            "3 4",
+        ),
+        ("column_name: user, operator: IS NOT NULL", "1 2 4"),
+        ("column_name: Group, operator: '>=', comparison_value: 2", "2 4"),
+        (
+            "column_name: info, field_path: age, field_type: number, operator: '>', comparison_value: 9",
+            "1",
+        ),
+        (
+            "column_name: info, field_path: age, field_type: number, operator: '!=', comparison_value: 7",
+            "1 2 3",
+        ),
+        (
+            "column_name: info, field_path: age, field_type: number, operator: in, comparison_value: [7, 40]",
+            "1 4",
+        ),
+        (
+            "column_name: info, field_path: 'a,b', operator: '=', comparison_value: x",
+            "1",
+        ),
+        (
+            "column_name: info, field_path: vip, field_type: boolean, operator: '=', comparison_value: true",
+            "4",
+        ),
+        ("column_name: info, field_path: vip, operator: is null", "1 2 3"),
+        // These have no equivalent.
+        ("column_name: user, operator: '=', comparison_value: null", "1 2 3 4"),
+        ("column_name: user, operator: in, comparison_value: []", "1 2 3 4"),
+        (
+            "column_name: user, operator: like, comparison_value: 2026-01-31",
+            "1 2 3 4",
+        ),
+        ("operator: '=', comparison_value: x", "1 2 3 4"),
+    ] {
+        let sinks = format!(
+            "sinks:\n- name: people\n  table: people\n  destination: {{type: redis_stream, host: localhost}}\n  filters:\n    - {{{filter}}}\n"
+        );
+        let script = convert(&["sequin", "-"], &sinks, &[]).expect("it converts");
+        let is_left_out = script.contains("ALL rows become events");
+        assert_eq!(is_left_out, expected == "1 2 3 4", "{script}");
+        run(&pg, &script);
+        run(
+            &pg,
+            &format!(
+                "insert into people values {rows}; delete from outbox.events where event_type <> 'people.insert'; delete from people"
+            ),
+        );
+        let taken = "select coalesce(string_agg(subject, ' ' order by seq), '') from outbox.events where event_type = 'people.insert'";
+        assert_eq!(pg.one::<String>(taken), expected, "{script}");
+        pg.exec("delete from outbox.events");
+    }
+}
+
 #[test]
 fn settings_that_cannot_be_read_are_reported_in_one_line() {
     for (arguments, given, words) in [
@@ -163,6 +252,17 @@ fn settings_that_cannot_be_read_are_reported_in_one_line() {
             ["django", "-"],
             r#"{"OUTBOX_WORKER": [1]}"#,
             "OUTBOX_WORKER is not a dictionary",
+        ),
+        (
+            ["django", "-"],
+            r#"{"OUTBOX_PUBLISHERS": {"a": {"BACKEND": "django_broadcaster.backends.RedisStreamBackend", "OPTIONS": [1]}}}"#,
+            "OUTBOX_PUBLISHERS['a']['OPTIONS'] is not a dictionary",
+        ),
+        (["sequin", "-"], "sinks: [users]", "a sink is not a dictionary"),
+        (
+            ["sequin", "-"],
+            "sinks: [{name: a, destination: redis}]",
+            "destination is not a dictionary",
         ),
         (["django", "no.such.module"], "", "No module named"),
         (["sequin", "/nowhere.yaml"], "", "No such file"),
