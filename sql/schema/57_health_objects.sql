@@ -368,6 +368,18 @@ faults(what, fault, cure) as (
     where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and k.relpersistence <> 't'
         and not pg_has_role(k.relowner, p.proowner, 'usage')
     union all
+    -- Definitions are only searched, not parsed: the owner of a function may write any comment.
+    select distinct 'attached tables',
+        format('%s is attached for a backend that does not exist: statements on it fail.', k.oid::regclass),
+        format('Run SELECT outbox.attach_table(%L, ...); again, with a backend of outbox.backends.', k.oid::regclass)
+    from pg_trigger a join pg_class k on k.oid = a.tgrelid
+        cross join lateral (select obj_description(a.tgfoid, 'pg_proc') as text) definition
+    where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$' and k.relpersistence <> 't'
+        and not k.relispartition
+        and strpos(definition.text, '"backend": "') > 0 and strpos(definition.text, '"backend": ""') = 0
+        and not exists (select from outbox.backends b
+            where strpos(definition.text, format('"backend": %s', to_jsonb(b.name))) > 0)
+    union all
     -- Its rows are read one table at a time.
     select 'inheritance', format('%s inherits from %s.', i.inhrelid::regclass, i.inhparent::regclass),
         case k.relkind when 'p'

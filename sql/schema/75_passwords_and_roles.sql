@@ -67,6 +67,7 @@ values
     ('execute', 'function outbox.family_of(regclass)'),
     ('execute', 'function outbox.row_events(regclass, text, text, text, text[], text[], text[], text, text)'),
     ('execute', 'function outbox.write_row_function(regclass, text, jsonb, boolean)'),
+    ('execute', 'function outbox.has_backend(text)'),
     ('execute', 'function outbox.condition_query(regclass, text)'),
     ('execute', 'function outbox.analyse_as(oid, text)'),
     ('execute', 'function outbox.expect_condition(regclass, text, oid)'),

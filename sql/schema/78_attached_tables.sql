@@ -79,11 +79,24 @@ comment on function outbox.row_events(regclass, text, text, text, text[], text[]
 create function outbox.condition_query(relation regclass, condition text) returns text
     language plpgsql stable set search_path = pg_catalog, pg_temp
     as $$
+declare
+    -- Without virtual generated columns, because triggers do not see their values.
+    seen constant text := case when exists (select from pg_attribute a where a.attrelid = relation and a.attgenerated = 'v')
+        then (select string_agg(format('t.%I', a.attname), ', ' order by a.attnum) from pg_attribute a
+            where a.attrelid = relation and a.attnum > 0 and not a.attisdropped and a.attgenerated <> 'v') else 't.*' end;
 begin
-    return format(E'select from (select t.* from %1$s t) old, (select t.* from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")', relation, condition);
+    return format(E'select from (select %3$s from %1$s t) old, (select %3$s from %1$s t) new where false and (select (%2$s\n) from (select new.*) "row")',
+        relation, condition, seen);
 end
 $$;
 comment on function outbox.condition_query(regclass, text) is 'Part of outbox.attach_table(): a query that can be parsed if the condition fits the columns of the table.';
+
+create function outbox.has_backend(name text) returns boolean
+    language sql stable security definer set search_path = pg_catalog, pg_temp
+    as $$
+select exists (select from outbox.backends b where b.name = has_backend.name)
+$$;
+comment on function outbox.has_backend(text) is 'Part of outbox.attach_table(): whether there is a backend of this name. Its caller may not be allowed to read outbox.backends.';
 
 create function outbox.analyse_as(role oid, query text) returns void
     language c volatile strict
@@ -212,6 +225,16 @@ begin
         raise exception using errcode = 'undefined_column', message = format('column "%s" of table %s does not exist', missing, "table"),
             hint = 'Pass column names of the table.';
     end if;
+    select w.name into missing from unnest(coalesce(columns, '{}') || coalesce(key, '{}')) w (name)
+        join pg_attribute a on a.attrelid = "table" and a.attname = w.name and a.attgenerated = 'v';
+    if found then
+        raise exception using errcode = 'feature_not_supported', message = format('column "%s" of table %s is generated and virtual', missing, "table"),
+            detail = 'Triggers do not see the values of such columns.', hint = 'Omit it, or generate it as STORED.';
+    end if;
+    if nullif(backend, '') is not null and not outbox.has_backend(backend) then
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend),
+            detail = 'Statements on the table would fail. Backends are the rows of outbox.backends.', hint = 'Check the name, or create the backend first.';
+    end if;
     if key is null then
         key := array(select a.attname from pg_index i cross join unnest(i.indkey::smallint[]) with ordinality k (number, place)
             join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.number
@@ -235,7 +258,15 @@ begin
     end loop;
     if condition is not null then
         -- An error here comes from the condition. The owner's types may run code already when it is parsed.
-        perform outbox.analyse_as(c.relowner, outbox.condition_query("table", condition));
+        begin
+            perform outbox.analyse_as(c.relowner, outbox.condition_query("table", condition));
+        exception when undefined_column then
+            if exists (select from pg_attribute a where a.attrelid = "table" and a.attgenerated = 'v') then
+                raise exception using errcode = 'feature_not_supported', message = format('the condition does not fit the columns that triggers see: %s', sqlerrm),
+                    detail = 'Triggers do not see the values of virtual generated columns.', hint = 'Write the expression of the column instead, or generate it as STORED.';
+            end if;
+            raise;
+        end;
     end if;
 
     perform outbox.detach_table("table");

@@ -38,7 +38,10 @@ begin
             select f.oid, f.oid = c.objid as is_itself, k.relkind, g.tgfoid, p.proowner, a.attname, obj_description(g.tgfoid, 'pg_proc') as comment
             from pg_event_trigger_ddl_commands() c join pg_attribute a on a.attrelid = c.objid and a.attnum = c.objsubid
                 cross join lateral (with recursive family (oid) as (
-                    select c.objid union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
+                    -- A renamed attribute of a type is one of the tables that were created OF it.
+                    (select c.objid union select k.oid from pg_class y join pg_class k on k.reloftype = y.reltype
+                        where y.oid = c.objid and y.relkind = 'c')
+                    union select i.inhrelid from family f join pg_inherits i on i.inhparent = f.oid
                 ) select oid from family) f
                 join pg_class k on k.oid = f.oid join pg_trigger g on g.tgrelid = f.oid join pg_proc p on p.oid = g.tgfoid
             where c.classid = 'pg_class'::regclass and c.objsubid > 0 and not g.tgisinternal
@@ -123,7 +126,7 @@ declare
     t record;
 begin
     -- Most new tables have no parent.
-    if tg_tag = 'CREATE TABLE' and not exists (select from pg_event_trigger_ddl_commands() c join pg_inherits i on i.inhrelid = c.objid) then
+    if tg_tag <> 'ALTER TABLE' and not exists (select from pg_event_trigger_ddl_commands() c join pg_inherits i on i.inhrelid = c.objid) then
         return;
     end if;
     -- Only links that this transaction has made after the parent's triggers: a restore makes links before the triggers,
@@ -155,8 +158,8 @@ end
 $$;
 comment on function outbox.attach_children() is 'Event trigger: a new partition or child of an attached table gets the triggers of its parent.';
 
-create event trigger outbox_relay_follow on ddl_command_end when tag in ('ALTER TABLE') execute function outbox.follow_attached();
-create event trigger outbox_relay_children on ddl_command_end when tag in ('ALTER TABLE', 'CREATE TABLE') execute function outbox.attach_children();
+create event trigger outbox_relay_follow on ddl_command_end when tag in ('ALTER TABLE', 'ALTER FOREIGN TABLE', 'ALTER TYPE') execute function outbox.follow_attached();
+create event trigger outbox_relay_children on ddl_command_end when tag in ('ALTER TABLE', 'CREATE TABLE', 'CREATE SCHEMA') execute function outbox.attach_children();
 create event trigger outbox_relay_keep on sql_drop execute function outbox.keep_attached();
 comment on event trigger outbox_relay_follow is 'Follows renamed columns of attached tables, see outbox.attach_table().';
 comment on event trigger outbox_relay_children is 'Attaches new partitions and children of attached tables, see outbox.attach_table().';
