@@ -69,7 +69,8 @@ declare
             cross join lateral (select case when o.status in ('pending', 'retry', 'processing', 'failed') then
                     case when o.spec_version <> '1.0' or o.data_content_type <> 'application/json'
                         then format('Entries say specversion 1.0 and datacontenttype application/json. This one has %%s and %%s.', o.spec_version, o.data_content_type)
-                        else outbox.refusal(o.event_type, o.source, o.data, o.subject, o.publisher_backend, null, null,
+                        else outbox.refusal(o.event_type, o.source, o.data, o.subject, o.publisher_backend,
+                            case when o.status = 'pending' then o.scheduled_at end, null,
                             nullif(o.publisher_config, '[]'), null, o.data_schema, null) end
                     end as refused,
                 case when o.status in ('pending', 'retry', 'processing', 'failed') then outbox.has_event(o.id) end as is_here) r
@@ -124,7 +125,7 @@ begin
         -- A row that its worker or another session has changed meanwhile, or is changing, stays. Waiting for the worker
         -- could deadlock in a transaction that has made the bridge, because the worker waits for the table.
         free as (
-            select o.id from %1$s o join found f on o.id = f.id and o.status = f.status and o.last_error = f.last_error
+            select o.id from %1$s o join found f on o.id = f.id and o.status = f.status and o.last_error is not distinct from f.last_error
             where f.becomes in ('pending', 'scheduled', 'failed') or f.becomes = 'moved' and f.status in ('pending', 'retry')
             for update of o skip locked
         ),
@@ -224,8 +225,17 @@ comment on function outbox.follow_bridged_row() is 'Trigger of django-broadcaste
 create function outbox.bridge_django_broadcaster(source regclass) returns void
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
+declare
+    moving text;
 begin
     perform outbox.expect_outbox_table(source, '{id,spec_version,event_type,source,subject,data_content_type,data_schema,data,status,created_at,scheduled_at,retry_count,max_retries,last_error,publisher_backend,publisher_config}');
+    select a.attname into moving from pg_partitioned_table p join pg_attribute a on a.attrelid = p.partrelid and a.attnum = any (p.partattrs::smallint[])
+        where p.partrelid = source and a.attname in ('status', 'last_error', 'scheduled_at');
+    if found then
+        raise exception using errcode = 'feature_not_supported', message = format('%s is partitioned by %s', source, moving),
+            detail = 'Rows would move to another partition, which triggers see as a deleted row and a new one.',
+            hint = 'Import its rows, and let the application publish by itself.';
+    end if;
     execute format($sql$
         create trigger "~outbox_relay_mark" before insert on %1$s for each row
             when (new.status in ('pending', 'retry')) execute function outbox.mark_bridged_row();
@@ -257,6 +267,23 @@ create function outbox.publish_row() returns trigger
     as 'MODULE_PATHNAME', 'publish_row';
 comment on function outbox.publish_row() is 'Trigger of another product''s outbox table: publishes each row that is inserted. Its arguments are pairs: an argument of outbox.publish_event (or created_at, or stream_prefix), and the column with its value, or = followed by a literal text. As a BEFORE trigger it leaves the row out of the table.';
 
+create function outbox.outbox_row(id text, payload text, out event_id uuid, out data jsonb, out fault text)
+    language plpgsql immutable set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    begin
+        event_id := id::uuid;
+    exception when data_exception then
+        fault := format('Its id is not a uuid: %s.', sqlerrm);
+        return;
+    end;
+    data := nullif(payload::jsonb, 'null');
+exception when data_exception or program_limit_exceeded then
+    fault := format('Its payload is not JSON: %s.', sqlerrm);
+end
+$$;
+comment on function outbox.outbox_row(text, text) is 'Part of outbox.import_debezium(): the id and the payload of a row, or what is wrong with them.';
+
 create function outbox.import_debezium(source regclass, dry_run boolean default true, ambiguous text default 'leave', backend text default null,
         stream_prefix text default null, event_source text default null, id_column text default 'id', type_column text default 'type',
         route_column text default 'aggregatetype', key_column text default 'aggregateid', payload_column text default 'payload',
@@ -267,16 +294,16 @@ create function outbox.import_debezium(source regclass, dry_run boolean default 
 declare
     rows_found constant text := format($sql$
         select o.tableoid, o.ctid, row_number() over (order by %7$s) as place, o.id, o.event_type, o.source, o.subject, o.stream, o.data,
-            case when j.refused is not null then 'refused' when j.is_here then 'moved' when $1 = 'send' then 'pending' else 'ambiguous' end as becomes,
-            case when j.refused is not null then j.refused
+            case when coalesce(o.fault, j.refused) is not null then 'refused' when j.is_here then 'moved' when $1 = 'send' then 'pending' else 'ambiguous' end as becomes,
+            case when coalesce(o.fault, j.refused) is not null then coalesce(o.fault, j.refused)
                 when j.is_here then 'An event with this id already exists.'
                 when $1 = 'send' then 'It is sent, perhaps for a second time: the table does not show what the connector has sent.'
                 else 'The connector may have sent it: the table does not show that. Delete the rows that it has sent, then import the rest with ambiguous => ''send''.'
                 end as why
         from (
-                select o.tableoid, o.ctid, %8$s as order_value, o.%2$I::text::uuid as id, o.%3$I::text as event_type, coalesce($3, o.%4$I::text) as source,
-                    nullif(o.%5$I::text, '') as subject, nullif($4 || o.%4$I::text, '') as stream, nullif(o.%6$I::text::jsonb, 'null') as data
-                from %1$s o
+                select o.tableoid, o.ctid, %8$s as order_value, r.event_id as id, o.%3$I::text as event_type, coalesce($3, o.%4$I::text) as source,
+                    nullif(o.%5$I::text, '') as subject, nullif($4 || o.%4$I::text, '') as stream, r.data, r.fault
+                from %1$s o, outbox.outbox_row(o.%2$I::text, o.%6$I::text) r
             ) o
             cross join lateral (select outbox.refusal(o.event_type, o.source, o.data, o.subject, $2, null, null, null, o.stream, null, null) as refused,
                 outbox.has_event(o.id) as is_here) j
@@ -322,8 +349,28 @@ create function outbox.bridge_debezium(source regclass, backend text default nul
 declare
     publications text;
     arguments text[];
+    unfit text;
 begin
     perform outbox.expect_outbox_table(source, array[id_column, type_column, route_column, key_column, payload_column]);
+    -- As the trigger reads them: below all domains.
+    with recursive base (place, name, type, expected, oid) as (
+        select w.place, w.name, a.atttypid, w.expected, a.atttypid
+        from (values (1, id_column, 'uuid or a text'), (2, type_column, 'a text, a number or uuid'), (4, key_column, 'a text, a number or uuid'),
+                (3, case when event_source is null or stream_prefix is not null then route_column end, 'a text, a number or uuid'),
+                (5, payload_column, 'json, jsonb or a text')) w (place, name, expected)
+            join pg_attribute a on a.attrelid = source and a.attname = w.name
+        union all
+        select b.place, b.name, b.type, b.expected, t.typbasetype from base b join pg_type t on t.oid = b.oid and t.typtype = 'd'
+    )
+    select format('Column "%s" has type %s; expected is %s.', b.name, format_type(b.type, null), b.expected) into unfit
+    from base b join pg_type t on t.oid = b.oid and t.typtype <> 'd'
+    where not b.oid::regtype = any (case b.place when 1 then '{uuid,text,varchar,bpchar}' when 5 then '{json,jsonb,text,varchar,bpchar}'
+        else '{text,varchar,bpchar,uuid,int2,int4,int8,numeric}' end::regtype[])
+    order by b.place limit 1;
+    if found then
+        raise exception using errcode = 'datatype_mismatch', message = format('rows of %s cannot become events', source), detail = unfit,
+            hint = 'Name another column, or change the type of this one.';
+    end if;
     if backend is not null then
         perform outbox.expect_backend(backend);
     end if;

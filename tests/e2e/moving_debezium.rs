@@ -152,3 +152,80 @@ fn an_import_moves_the_chosen_rows() {
         "22023"
     );
 }
+
+#[test]
+fn rows_that_cannot_be_events_are_refused_one_by_one() {
+    let stack = Stack::start();
+    stack.pg.exec(
+        "create table t (id text, aggregatetype text, aggregateid text, type text, payload text);
+        insert into t values
+            (gen_random_uuid(), 'o', '1', 'good', '{\"a\": 1}'), (gen_random_uuid(), 'o', '1', 'no json', 'plain text'),
+            (gen_random_uuid(), 'o', '1', 'no text', '\"\\u0000\"'), (gen_random_uuid(), 'o', '1', 'deep', repeat('[', 100000)),
+            ('7', 'o', '1', 'no uuid', '{}'), (gen_random_uuid(), 'o', '1', 'none', null), (gen_random_uuid(), 'o', '1', 'empty', 'null')",
+    );
+    let mut client = stack.pg.client();
+    let mut import = |arguments: &str| -> Vec<String> {
+        let sql = format!(
+            "select event_type || ' ' || becomes, why from outbox.import_debezium('t'{arguments}, ambiguous => 'send')"
+        );
+        let rows = client.query(&sql, &[]).expect("it tells");
+        rows.iter()
+            .map(|row| {
+                let (said, why): (String, String) = (row.get(0), row.get(1));
+                assert!(!said.ends_with("refused") || why.contains("is not"), "{said}: {why}");
+                said
+            })
+            .collect()
+    };
+    let expected = [
+        "good pending",
+        "no json refused",
+        "no text refused",
+        "deep refused",
+        "no uuid refused",
+        "none pending",
+        "empty pending",
+    ];
+    assert_eq!(import(""), expected);
+    assert_eq!(import(", dry_run => false"), expected);
+    assert_eq!(types(&stack.wait_events(3)), ["good", "none", "empty"]);
+    assert_eq!(stack.pg.one::<i64>("select count(*) from t"), 4);
+}
+
+/// Otherwise the application's INSERTs would fail.
+#[test]
+fn a_table_whose_columns_have_other_types_is_not_bridged() {
+    let stack = Stack::start();
+    stack.pg.exec(
+        "create type kind as enum ('Order'); create domain name_of as varchar(20); create domain kind_of as name_of;
+        create table good (id uuid, aggregatetype kind_of, aggregateid numeric, type text, payload json);
+        create table bytes (id uuid, aggregatetype text, aggregateid text, type text, payload bytea);
+        create table kinds (id uuid, aggregatetype kind, aggregateid text, type text, payload json);
+        create table ids (id bigint, aggregatetype text, aggregateid text, type text, payload json)",
+    );
+    let mut client = stack.pg.client();
+    for (table, detail) in [
+        (
+            "bytes",
+            "Column \"payload\" has type bytea; expected is json, jsonb or a text.",
+        ),
+        (
+            "kinds",
+            "Column \"aggregatetype\" has type public.kind; expected is a text, a number or uuid.",
+        ),
+        ("ids", "Column \"id\" has type bigint; expected is uuid or a text."),
+    ] {
+        let said = Refused::of(client.simple_query(&format!("select outbox.bridge_debezium('{table}')")));
+        assert_eq!((said.code.as_str(), said.detail.as_deref()), ("42804", Some(detail)));
+        assert!(said.hint.is_some(), "{said:?}");
+    }
+    // A literal takes the place of the column.
+    client
+        .batch_execute(
+            "select outbox.bridge_debezium('good'); select outbox.bridge_debezium('kinds', event_source => 'shop');
+            insert into good values (gen_random_uuid(), 'Order', 7, 'k', '{}');
+            insert into kinds values (gen_random_uuid(), 'Order', '7', 'k', '{}')",
+        )
+        .expect("they are bridged");
+    stack.wait_events(2);
+}

@@ -361,3 +361,24 @@ fn triggers_of_the_old_table_do_not_fire_in_an_import() {
     assert_eq!(import(&mut stack.pg.client(), ", false"), FIRST_TIME);
     stack.wait_events(2);
 }
+
+/// Rows that the package does not write, but that the table may hold.
+#[test]
+fn odd_rows_are_reported_before_they_are_moved() {
+    let stack = with_old_table();
+    stack
+        .pg
+        .exec("alter table outbox_events alter last_error drop not null");
+    stack.pg.exec(
+        "insert into outbox_events (id, event_type, created_at, scheduled_at, last_error) values
+            ('00000000-0000-4000-8000-000000000001', 'endless', now() - interval '2 h', 'infinity', ''),
+            ('00000000-0000-4000-8000-000000000002', 'no.error', now() - interval '1 h', now(), null),
+            ('00000000-0000-4000-8000-000000000003', 'early', now(), '-infinity', '')",
+    );
+    let mut client = stack.pg.client();
+    let expected = ["1 refused", "2 pending", "3 pending"];
+    assert_eq!(import(&mut client, ""), expected);
+    assert_eq!(import(&mut client, ", dry_run => false"), expected);
+    assert_eq!(kit::types(&stack.wait_events(2)), ["no.error", "early"]);
+    assert_eq!(import(&mut client, ""), ["1 refused", "2 moved", "3 moved"]);
+}

@@ -214,3 +214,42 @@ fn a_table_that_has_changed_is_refused_in_words() {
     run(&mut app, "insert into outbox_events (event_type) values ('without')");
     wait_eq("events", 1, || stack.events().len());
 }
+
+/// A row that moves to another partition is to triggers a deleted one and a new one.
+#[test]
+fn a_table_whose_rows_change_their_partition_is_not_bridged() {
+    let (stack, _) = bridged();
+    let mut client = stack.pg.client();
+    for (key, is_refused) in [
+        ("status", true),
+        ("scheduled_at", true),
+        ("last_error", true),
+        ("created_at", false),
+    ] {
+        run(
+            &mut client,
+            &format!(
+                "create table parts (like outbox_events including defaults) partition by list ({key}); create table part partition of parts default"
+            ),
+        );
+        let bridge = client.simple_query("select outbox.bridge_django_broadcaster('parts')");
+        if is_refused {
+            let said = Refused::of(bridge);
+            assert_eq!(said.code, "0A000", "{said:?}");
+            assert!(
+                said.message.contains(key) && said.detail.is_some() && said.hint.is_some(),
+                "{said:?}"
+            );
+        } else {
+            bridge.expect("it is bridged");
+            run(
+                &mut client,
+                "insert into parts (event_type, scheduled_at) values ('a', now()), ('b', now() + interval '1 h');
+                update parts set scheduled_at = now() + interval '2 h' where event_type = 'b'; delete from parts where event_type = 'b'",
+            );
+            assert_eq!(kit::types(&stack.wait_events(1)), ["a"]);
+            assert_eq!(stack.pg.one::<i64>("select count(*) from outbox.scheduled_events"), 0);
+        }
+        run(&mut client, "drop table parts");
+    }
+}
