@@ -7,6 +7,7 @@
 use crate::publish::appending::{Tables, prepared};
 use crate::publish::binary::data_or_bytes;
 use crate::publish::destinations::{check, with_backend};
+use crate::publish::error::PublishError;
 use crate::publish::json;
 use crate::publish::lent_rights::expect_own_right;
 use crate::publish::request::{Request, attempts, event_id};
@@ -197,7 +198,9 @@ unsafe fn request_of_texts(arguments: &Arguments) -> Request<'_> {
 
 /// The bytes as text. They are verified, because a bytea that was passed as an any_value can hold anything.
 fn text_of(bytes: &[u8]) -> &[u8] {
-    // SAFETY: reads the bytes; raises an ERROR if they are not valid text in the database's encoding.
-    unsafe { pg_sys::pg_verifymbstr(bytes.as_ptr().cast(), bytes.len() as i32, false) };
-    bytes
+    // SAFETY: reads the bytes.
+    match unsafe { pg_sys::pg_verifymbstr(bytes.as_ptr().cast(), bytes.len() as i32, true) } {
+        true => bytes,
+        false => PublishError::NotText.raise(),
+    }
 }

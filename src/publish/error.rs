@@ -70,6 +70,8 @@ pub(super) enum PublishError {
     Changed,
     #[error("{field} has no UTF-8 form")]
     NoUtf8Form { field: &'static str, why: NoUtf8Form },
+    #[error("an argument of type bytea is not text")]
+    NotText,
     #[error("publish_events expects a JSON array of objects")]
     NotAnArray,
     #[error("invalid event in publish_events: {message}")]
@@ -101,6 +103,7 @@ impl PublishError {
             Self::UnusableStreamName { .. } => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::Changed => ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION,
             Self::NoUtf8Form { why, .. } => why.code(),
+            Self::NotText => ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
             Self::Config(ConfigError::TooManyDigits) => ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             // The SQLSTATE that jsonb uses for this.
             Self::Config(ConfigError::OutOfRange(_)) => ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE,
@@ -173,6 +176,7 @@ impl PublishError {
             Self::TooLarge { size, limit } => format!("It has {size} bytes; at most {limit} are allowed."),
             Self::Changed => "The relay relies on seq, xid, backend_number and event_id of each row.".into(),
             Self::NoUtf8Form { why, .. } => why.detail(),
+            Self::NotText => "It must be JSON, or a value of that argument, in the encoding of the database.".into(),
             Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
         }
@@ -214,6 +218,7 @@ impl PublishError {
                 "Do not change these columns in a trigger. To replace an event, return NULL and publish another one."
             }
             Self::NoUtf8Form { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
+            Self::NotText => "Pass a payload that is bytes as data_bytes.",
             Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
             Self::BadItem { .. } => {
                 "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \

@@ -334,10 +334,16 @@ fn text_that_is_no_json_is_refused_as_jsonb_refuses_it() {
             );
         }
     }
-    let bytes = "select outbox.publish_event('t', 's', '\\xff'::bytea)";
-    assert_eq!(Refused::of(client.simple_query(bytes)).code, "22021");
-    let zero = "select outbox.publish_event('t', 's', '\\x2200622200'::bytea)";
-    assert_eq!(Refused::of(client.simple_query(zero)).code, "22021");
+    // Bytes that are no text belong into another argument.
+    for bytes in ["\\xff", "\\x2200622200"] {
+        let sql = format!("select outbox.publish_event('t', 's', '{bytes}'::bytea)");
+        let refused = Refused::of(client.simple_query(&sql));
+        assert_eq!(refused.code, "22021", "{refused:?}");
+        assert!(
+            refused.hint.as_deref().is_some_and(|hint| hint.contains("data_bytes")),
+            "{refused:?}"
+        );
+    }
 }
 
 /// INSERT, COPY and arrays accept the same JSON as the function's jsonb.
