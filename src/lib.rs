@@ -18,9 +18,26 @@
 #[cfg(not(panic = "unwind"))]
 compile_error!("outbox_relay must be built with panic=unwind: a panic must become an ERROR, not the end of the server");
 
-/// Declares a function that uses the call interface of Postgres directly, because its arguments must not be copied.
+/// Makes a function of its module one that SQL can call: `fn name(fcinfo) -> Datum`. It uses the call interface of
+/// Postgres directly, because its arguments must not be copied, and has no pg_guard: our own guard lets ERRORs of other
+/// people's code pass whole, and converts ours to the database's encoding.
 macro_rules! sql_function {
     ($name:ident, $info:ident) => {
+        crate::function_info!($info);
+        const _: () = {
+            #[unsafe(no_mangle)]
+            extern "C-unwind" fn $name(fcinfo: pgrx::pg_sys::FunctionCallInfo) -> pgrx::pg_sys::Datum {
+                // SAFETY: this frame, which Postgres calls, has nothing to be dropped.
+                unsafe { crate::server::report::guard(|| self::$name(fcinfo)) }
+            }
+        };
+    };
+}
+pub(crate) use sql_function;
+
+/// The same for a function that is declared in full where it stands, with a guard for each part of it.
+macro_rules! function_info {
+    ($info:ident) => {
         #[unsafe(no_mangle)]
         extern "C" fn $info() -> &'static pgrx::pg_sys::Pg_finfo_record {
             const V1: pgrx::pg_sys::Pg_finfo_record = pgrx::pg_sys::Pg_finfo_record { api_version: 1 };
@@ -28,7 +45,7 @@ macro_rules! sql_function {
         }
     };
 }
-pub(crate) use sql_function;
+pub(crate) use function_info;
 
 mod functions;
 mod launcher;

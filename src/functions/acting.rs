@@ -15,24 +15,21 @@ fn replay_events(
     until: TimestampWithTimeZone,
     event_type: Option<String>,
 ) -> i64 {
-    let replay = || replays::replay(backend_number, since, until, event_type.as_deref());
-    report::guard(|| rights::of_owner(replay))
+    let replay = move || replays::replay(backend_number, since, until, event_type.as_deref());
+    // SAFETY: this frame, which has given its text away, has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(move || rights::of_owner(replay)) }
 }
 
 crate::sql_function!(rescheduled, pg_finfo_rescheduled);
 
 /// `outbox.rescheduled()`, after a statement that has updated `scheduled_events`
-// No pg_guard: as the other triggers.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn rescheduled(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let table = catalog::expect_relations().scheduled;
-        // SAFETY: called by Postgres. An AFTER trigger's result is ignored.
-        unsafe {
-            expect_trigger(fcinfo, "rescheduled", When::AfterStatement, &[table]);
-            (*fcinfo).isnull = false;
-        }
-        txn::scheduled();
-    });
+fn rescheduled(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let table = catalog::expect_relations().scheduled;
+    // SAFETY: called by Postgres. An AFTER trigger's result is ignored.
+    unsafe {
+        expect_trigger(fcinfo, "rescheduled", When::AfterStatement, &[table]);
+        (*fcinfo).isnull = false;
+    }
+    txn::scheduled();
     pg_sys::Datum::from(0)
 }

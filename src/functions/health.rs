@@ -4,7 +4,6 @@ use crate::functions::status::{self, HANGS_AFTER_MS};
 use crate::functions::waiting::rest;
 use crate::server::encoding::words_to_server;
 use crate::server::error::expect_arguments;
-use crate::server::report;
 use crate::server::shmem;
 use crate::tables::sql::text_array;
 use pgrx::{pg_extern, pg_sys};
@@ -36,20 +35,16 @@ fn worker_silence() -> Option<f64> {
 crate::sql_function!(worker_trouble, pg_finfo_worker_trouble);
 
 /// `outbox.worker_trouble()`
-// No pg_guard: as the other functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn worker_trouble(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, 0);
-        let trouble = shmem::database_slot_here().and_then(|slot| slot.trouble());
-        // SAFETY: called by Postgres.
-        unsafe { (*fcinfo).isnull = trouble.is_none() };
-        let Some(trouble) = trouble else {
-            return pg_sys::Datum::from(0);
-        };
-        let lines = trouble.split('\n');
-        text_array(lines.map(|line| Cow::Owned(words_to_server(line).into_owned())))
-    })
+fn worker_trouble(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, 0);
+    let trouble = shmem::database_slot_here().and_then(|slot| slot.trouble());
+    // SAFETY: called by Postgres.
+    unsafe { (*fcinfo).isnull = trouble.is_none() };
+    let Some(trouble) = trouble else {
+        return pg_sys::Datum::from(0);
+    };
+    let lines = trouble.split('\n');
+    text_array(lines.map(|line| Cow::Owned(words_to_server(line).into_owned())))
 }
 
 /// `outbox.error_hint(error)`: what helps against an error with which Redis has refused an event. NULL: that is not

@@ -10,25 +10,21 @@ use std::ffi::CStr;
 crate::sql_function!(role_name_in, pg_finfo_role_name_in);
 
 /// `outbox.role_name_in(cstring)`, strict
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn role_name_in(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        // Postgres passes three arguments to each input function: the text, the type and its modifier.
-        // SAFETY: within a call by Postgres.
-        if unsafe { (*fcinfo).nargs } != 3 {
-            expect_arguments(fcinfo, 1);
+fn role_name_in(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // Postgres passes three arguments to each input function: the text, the type and its modifier.
+    // SAFETY: within a call by Postgres.
+    if unsafe { (*fcinfo).nargs } != 3 {
+        expect_arguments(fcinfo, 1);
+    }
+    // SAFETY: one argument of type cstring. It is not null, unless somebody has declared the function otherwise.
+    unsafe {
+        let argument = &(*fcinfo).args.as_slice(1)[0];
+        (*fcinfo).isnull = argument.isnull;
+        if argument.isnull {
+            return pg_sys::Datum::from(0);
         }
-        // SAFETY: one argument of type cstring. It is not null, unless somebody has declared the function otherwise.
-        unsafe {
-            let argument = &(*fcinfo).args.as_slice(1)[0];
-            (*fcinfo).isnull = argument.isnull;
-            if argument.isnull {
-                return pg_sys::Datum::from(0);
-            }
-            role(CStr::from_ptr(argument.value.cast_mut_ptr())).unwrap_or(pg_sys::Datum::from(0))
-        }
-    })
+        role(CStr::from_ptr(argument.value.cast_mut_ptr())).unwrap_or(pg_sys::Datum::from(0))
+    }
 }
 
 /// A role that was dropped is shown as its number. Elsewhere that number may belong to another role.

@@ -3,7 +3,6 @@
 use crate::server::datum::bytes_of;
 use crate::server::encoding::utf8;
 use crate::server::error::{raise, strict_arguments};
-use crate::server::report;
 use crate::server::trigger_call::{When, expect_trigger, new_and_old};
 use crate::tables::catalog;
 use crate::tables::whole_table::Columns;
@@ -15,25 +14,21 @@ use wildmatch::WildMatch;
 crate::sql_function!(check_route, pg_finfo_check_route);
 
 /// `outbox.check_route()`, trigger of `outbox.routes`, before each row is inserted or updated
-// No pg_guard, as for all triggers.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let routes = catalog::expect_relations().routes;
-        // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
-        unsafe {
-            let trigger = expect_trigger(fcinfo, "check_route", When::BeforeRow, &[routes]);
-            (*fcinfo).isnull = false;
-            let (new, _) = new_and_old(trigger);
-            let stream = Columns::of(trigger.tg_relation, &["stream"])
-                .take_apart(new)
-                .text("stream");
-            if let Some(Err(fault)) = stream.map(|stream| StreamName::parse(&stream)) {
-                refuse(&fault);
-            }
-            pg_sys::Datum::from(new)
+fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let routes = catalog::expect_relations().routes;
+    // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
+    unsafe {
+        let trigger = expect_trigger(fcinfo, "check_route", When::BeforeRow, &[routes]);
+        (*fcinfo).isnull = false;
+        let (new, _) = new_and_old(trigger);
+        let stream = Columns::of(trigger.tg_relation, &["stream"])
+            .take_apart(new)
+            .text("stream");
+        if let Some(Err(fault)) = stream.map(|stream| StreamName::parse(&stream)) {
+            refuse(&fault);
         }
-    })
+        pg_sys::Datum::from(new)
+    }
 }
 
 fn refuse(fault: &Fault) -> ! {
@@ -51,15 +46,11 @@ fn refuse(fault: &Fault) -> ! {
 crate::sql_function!(matches, pg_finfo_matches);
 
 /// `outbox.matches(name, pattern)`, strict
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let Some(texts) = strict_arguments::<2>(fcinfo) else {
-            return pg_sys::Datum::from(0);
-        };
-        // SAFETY: arguments of type text.
-        let [name, pattern] = texts.map(|text| unsafe { utf8(bytes_of(text)) });
-        pg_sys::Datum::from(WildMatch::new(&pattern).matches(&name))
-    })
+fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let Some(texts) = strict_arguments::<2>(fcinfo) else {
+        return pg_sys::Datum::from(0);
+    };
+    // SAFETY: arguments of type text.
+    let [name, pattern] = texts.map(|text| unsafe { utf8(bytes_of(text)) });
+    pg_sys::Datum::from(WildMatch::new(&pattern).matches(&name))
 }

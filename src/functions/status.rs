@@ -212,17 +212,13 @@ impl Stand {
 crate::sql_function!(hash_slot, pg_finfo_hash_slot);
 
 /// `outbox.hash_slot(stream)`, strict
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let Some([stream]) = strict_arguments(fcinfo) else {
-            return pg_sys::Datum::from(0);
-        };
-        // SAFETY: an argument of type text.
-        let slot = hash_slot_of_text(unsafe { bytes_of(stream) });
-        pg_sys::Datum::from(i32::from(slot))
-    })
+fn hash_slot(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let Some([stream]) = strict_arguments(fcinfo) else {
+        return pg_sys::Datum::from(0);
+    };
+    // SAFETY: an argument of type text.
+    let slot = hash_slot_of_text(unsafe { bytes_of(stream) });
+    pg_sys::Datum::from(i32::from(slot))
 }
 
 /// `outbox.hash_tag(slot)`
@@ -245,8 +241,9 @@ fn backlog(
         name!(oldest_created_at, Option<pgrx::datum::TimestampWithTimeZone>),
     ),
 > {
-    let (pending, oldest) =
-        report::guard(|| rights::of_owner(|| behind_cursor(backend_number, COUNTED, Some(COUNT_STEPS))));
+    let count = || rights::of_owner(|| behind_cursor(backend_number, COUNTED, Some(COUNT_STEPS)));
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    let (pending, oldest) = unsafe { report::guard(count) };
     let oldest = oldest.and_then(|us| pgrx::datum::TimestampWithTimeZone::try_from(us).ok());
     TableIterator::once((pending, oldest))
 }
@@ -255,7 +252,8 @@ fn backlog(
 #[pg_extern(sql = false)]
 fn has_waiting_events(backend_number: i32) -> bool {
     let waits = || backends::waits_elsewhere(backend_number) || behind_cursor(backend_number, 1, None).0 > 0;
-    report::guard(|| rights::of_owner(waits))
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(|| rights::of_owner(waits)) }
 }
 
 /// Called by the extension's SQL script, so the library learns of the extension whichever statement runs the script.
@@ -298,44 +296,40 @@ crate::sql_function!(backends_changed, pg_finfo_backends_changed);
 
 /// `outbox.backends_changed()`, after a statement on `backends`, `backend_passwords`, `publisher_limits`, `routes`,
 /// `take_overs`, `restores` or `copied_backends`
-// No pg_guard, as for all triggers.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let relations = catalog::expect_relations();
-        // SAFETY: called by Postgres. Marks the table's cache entries in all sessions as stale when this transaction
-        // commits.
-        unsafe {
-            expect_trigger(
-                fcinfo,
-                "backends_changed",
-                When::AfterStatement,
-                relations.settings_tables(),
-            );
-            // Sessions cache only what these tables hold. A restore writes many rows of `restores`, and must not cause
-            // as many invalidations.
-            let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
-            let table = (*(*trigger).tg_relation).rd_id;
-            let cached = [
-                relations.backends,
-                relations.backend_passwords,
-                relations.publisher_limits,
-                relations.routes,
-            ];
-            if cached.contains(&table) {
-                // The invalidation does not name the table itself. If it did, a process that has the table open would
-                // rebuild its cache entry and process further invalidations while doing so, nested in each other. It
-                // would run out of stack if others sent them faster than it rebuilds.
-                let news = match relations.backends_news {
-                    pg_sys::InvalidOid => relations.backends,
-                    sequence => sequence,
-                };
-                pg_sys::CacheInvalidateRelcacheByRelid(news);
-            }
-            // An AFTER trigger's result is ignored.
-            (*fcinfo).isnull = false;
+fn backends_changed(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let relations = catalog::expect_relations();
+    // SAFETY: called by Postgres. Marks the table's cache entries in all sessions as stale when this transaction
+    // commits.
+    unsafe {
+        expect_trigger(
+            fcinfo,
+            "backends_changed",
+            When::AfterStatement,
+            relations.settings_tables(),
+        );
+        // Sessions cache only what these tables hold. A restore writes many rows of `restores`, and must not cause
+        // as many invalidations.
+        let trigger = (*fcinfo).context.cast::<pg_sys::TriggerData>();
+        let table = (*(*trigger).tg_relation).rd_id;
+        let cached = [
+            relations.backends,
+            relations.backend_passwords,
+            relations.publisher_limits,
+            relations.routes,
+        ];
+        if cached.contains(&table) {
+            // The invalidation does not name the table itself. If it did, a process that has the table open would
+            // rebuild its cache entry and process further invalidations while doing so, nested in each other. It
+            // would run out of stack if others sent them faster than it rebuilds.
+            let news = match relations.backends_news {
+                pg_sys::InvalidOid => relations.backends,
+                sequence => sequence,
+            };
+            pg_sys::CacheInvalidateRelcacheByRelid(news);
         }
-        txn::backends_changed();
-    });
+        // An AFTER trigger's result is ignored.
+        (*fcinfo).isnull = false;
+    }
+    txn::backends_changed();
     pg_sys::Datum::from(0)
 }

@@ -5,7 +5,6 @@ use crate::server::datum::{bytes_of, text_datum};
 use crate::server::encoding::{to_server, utf8};
 use crate::server::error::{raise, strict_arguments};
 use crate::server::guc;
-use crate::server::report;
 use crate::server::trigger_call::{When, expect_trigger, new_and_old};
 use crate::tables::rights;
 use crate::tables::sql::query_value;
@@ -21,23 +20,19 @@ use std::num::NonZeroU32;
 crate::sql_function!(check_stream_name, pg_finfo_check_stream_name);
 
 /// `outbox.check_stream_name()`, trigger of `outbox.backends`, before each row is inserted or updated
-// No pg_guard, as for all triggers.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let backends = catalog::expect_relations().backends;
-        // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
-        unsafe {
-            let trigger = expect_trigger(fcinfo, "check_stream_name", When::BeforeRow, &[backends]);
-            (*fcinfo).isnull = false;
-            let columns = Columns::of(trigger.tg_relation, &COLUMNS);
-            let (new, old) = new_and_old(trigger);
-            let old = old.map(|old| columns.take_apart(old));
-            let row = columns.take_apart(new);
-            let streams = streams_of(&row, old.as_ref());
-            pg_sys::Datum::from(with(trigger.tg_relation, new, &row, &streams))
-        }
-    })
+fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let backends = catalog::expect_relations().backends;
+    // SAFETY: called by Postgres; a trigger of this kind has a row, and an update the new one too.
+    unsafe {
+        let trigger = expect_trigger(fcinfo, "check_stream_name", When::BeforeRow, &[backends]);
+        (*fcinfo).isnull = false;
+        let columns = Columns::of(trigger.tg_relation, &COLUMNS);
+        let (new, old) = new_and_old(trigger);
+        let old = old.map(|old| columns.take_apart(old));
+        let row = columns.take_apart(new);
+        let streams = streams_of(&row, old.as_ref());
+        pg_sys::Datum::from(with(trigger.tg_relation, new, &row, &streams))
+    }
 }
 
 const COLUMNS: [&str; 4] = ["name", "mode", "stream_name", "own_stream"];
@@ -132,27 +127,23 @@ unsafe fn with(
 crate::sql_function!(stream_part, pg_finfo_stream_part);
 
 /// `outbox.stream_part(value, parts)`, strict
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let Some([value, parts]) = strict_arguments(fcinfo) else {
-            return pg_sys::Datum::from(0);
-        };
-        let parts = u32::try_from(parts.value() as i32).ok().and_then(NonZeroU32::new);
-        let Some(parts) = parts.filter(|parts| parts.get() <= MOST_PARTS) else {
-            raise(
-                ErrorReport::new(
-                    PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
-                    "the number of parts is out of range",
-                    "",
-                )
-                .set_detail(format!("It must be between 1 and {MOST_PARTS}."))
-                .set_hint("Pass the number of the placeholder, such as 16 for {subject|16}."),
-            );
-        };
-        // SAFETY: the first argument is of type text.
-        let value = unsafe { utf8(bytes_of(value)) };
-        pg_sys::Datum::from(part_of(&value, parts) as i32)
-    })
+fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let Some([value, parts]) = strict_arguments(fcinfo) else {
+        return pg_sys::Datum::from(0);
+    };
+    let parts = u32::try_from(parts.value() as i32).ok().and_then(NonZeroU32::new);
+    let Some(parts) = parts.filter(|parts| parts.get() <= MOST_PARTS) else {
+        raise(
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                "the number of parts is out of range",
+                "",
+            )
+            .set_detail(format!("It must be between 1 and {MOST_PARTS}."))
+            .set_hint("Pass the number of the placeholder, such as 16 for {subject|16}."),
+        );
+    };
+    // SAFETY: the first argument is of type text.
+    let value = unsafe { utf8(bytes_of(value)) };
+    pg_sys::Datum::from(part_of(&value, parts) as i32)
 }

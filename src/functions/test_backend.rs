@@ -5,7 +5,6 @@ use crate::functions::waiting::rest;
 use crate::server::encoding::words_to_server;
 use crate::server::error::expect_arguments;
 use crate::server::questions::SEPARATOR;
-use crate::server::report;
 use crate::server::shmem;
 use crate::tables::sql::text_array;
 use pgrx::pg_sys;
@@ -20,27 +19,23 @@ const PATIENCE: Duration = Duration::from_secs(3);
 crate::sql_function!(ask_worker, pg_finfo_ask_worker);
 
 /// `outbox.ask_worker(backend_number, limit_ms)`, strict. Returns latency in us, server, version, role, address, error.
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn ask_worker(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, 2);
-        // SAFETY: two arguments of type integer.
-        let (number, limit_ms) = unsafe {
-            let arguments = (*fcinfo).args.as_slice(2);
-            (*fcinfo).isnull = false;
-            (arguments[0].value.value() as i32, arguments[1].value.value() as i32)
-        };
-        let answer = match answer(number, Duration::from_millis(limit_ms.max(0) as u64)) {
-            Ok(answer) => answer,
-            Err(error) => format!("{}{error}", String::from(SEPARATOR).repeat(5)),
-        };
-        text_array(
-            answer
-                .split(SEPARATOR)
-                .map(|field| Cow::Owned(words_to_server(field).into_owned())),
-        )
-    })
+fn ask_worker(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, 2);
+    // SAFETY: two arguments of type integer.
+    let (number, limit_ms) = unsafe {
+        let arguments = (*fcinfo).args.as_slice(2);
+        (*fcinfo).isnull = false;
+        (arguments[0].value.value() as i32, arguments[1].value.value() as i32)
+    };
+    let answer = match answer(number, Duration::from_millis(limit_ms.max(0) as u64)) {
+        Ok(answer) => answer,
+        Err(error) => format!("{}{error}", String::from(SEPARATOR).repeat(5)),
+    };
+    text_array(
+        answer
+            .split(SEPARATOR)
+            .map(|field| Cow::Owned(words_to_server(field).into_owned())),
+    )
 }
 
 /// The worker's answer; an error if it gives none, with the reason.

@@ -19,19 +19,21 @@ pub(super) fn rest(ms: i64) {
 /// `outbox.rest(seconds)`
 #[pg_extern(sql = false)]
 fn rest_for(seconds: f64) {
-    report::guard(|| {
+    let wait = || {
         let limit = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX);
         let began = Instant::now();
         while let Some(left) = limit.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
             rest(left.as_micros().div_ceil(1_000).min(1_000) as i64);
         }
-    })
+    };
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(wait) }
 }
 
 /// `outbox.wait_for(seen, event_id, caller, seconds)`: for what this snapshot sees, or for this event of the caller.
 #[pg_extern(sql = false)]
 fn wait_for(seen: Option<&str>, event_id: Option<pgrx::Uuid>, caller: Option<pg_sys::Oid>, seconds: f64) -> bool {
-    report::guard(|| {
+    let wait = || {
         let (question, arguments) = match seen {
             Some(seen) => ("select not outbox.waits_since($1::pg_snapshot)", vec![seen.into()]),
             None => ("select outbox.is_sent($1, $2)", vec![event_id.into(), caller.into()]),
@@ -51,7 +53,9 @@ fn wait_for(seen: Option<&str>, event_id: Option<pgrx::Uuid>, caller: Option<pg_
             let pause = between_looks(looked, waited).min(left);
             rest(pause.as_micros().div_ceil(1_000) as i64);
         }
-    })
+    };
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(wait) }
 }
 
 /// How long to rest between two looks: many may wait, and looking takes longer the more there is to be sent.

@@ -32,16 +32,18 @@ unsafe extern "C-unwind" {
     fn errcontext_msg(format: *const c_char, ...) -> c_int;
 }
 
-crate::sql_function!(publish_events, pg_finfo_publish_events);
+crate::function_info!(pg_finfo_publish_events);
 
 /// `outbox.publish_events(jsonb)`, strict
 // No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    let (relations, items) = report::guard(|| {
+    let read = || {
         expect_arguments(fcinfo, 1);
         (catalog::expect_relations(), items_of_call(fcinfo))
-    });
+    };
+    // SAFETY: this frame, which Postgres calls, has nothing to be dropped.
+    let (relations, items) = unsafe { report::guard(read) };
     let mut tables = Tables::default();
     let mut index: c_int = 0;
     // SAFETY: within a call by Postgres. The body of the guard has made the set of results and the list of items. The

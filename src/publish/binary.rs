@@ -5,7 +5,6 @@ use crate::publish::error::PublishError;
 use crate::server::datum::{bytes_of, text_datum};
 use crate::server::error::strict_arguments;
 use crate::server::guc;
-use crate::server::report;
 use pgrx::pg_sys;
 use relay::event::binary;
 use std::borrow::Cow;
@@ -13,16 +12,12 @@ use std::borrow::Cow;
 crate::sql_function!(binary_data, pg_finfo_binary_data);
 
 /// `outbox.binary_data(bytea)`, strict. It is there for plain INSERTs.
-// No pg_guard, for the same reason as publish_event.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let Some([bytes]) = strict_arguments(fcinfo) else {
-            return pg_sys::Datum::from(0);
-        };
-        // SAFETY: an argument of type bytea, by the SQL declaration.
-        text_datum(of_bytes(unsafe { bytes_of(bytes) }).as_bytes())
-    })
+fn binary_data(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let Some([bytes]) = strict_arguments(fcinfo) else {
+        return pg_sys::Datum::from(0);
+    };
+    // SAFETY: an argument of type bytea, by the SQL declaration.
+    text_datum(of_bytes(unsafe { bytes_of(bytes) }).as_bytes())
 }
 
 /// The payload of an event that may carry JSON or bytes.

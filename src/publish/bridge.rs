@@ -20,21 +20,22 @@ use relay::delivery::refusal::MOST_ATTEMPTS;
 use std::borrow::Cow;
 use std::ffi::CStr;
 
-crate::sql_function!(publish_row, pg_finfo_publish_row);
+crate::function_info!(pg_finfo_publish_row);
 
 /// Trigger for each row that is inserted into another product's outbox table. As a BEFORE trigger it leaves the row out
 /// of that table, so that logical decoding does not see it as an event too.
 // No pg_guard, for the same reason as publish_event.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn publish_row(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    let (rows, relations) = report::guard(|| {
+    let prepare = || {
         // SAFETY: called by Postgres; a trigger of this kind has a row.
         let request = unsafe { request_of(expect_trigger(fcinfo, "publish_row", When::InsertOfRow, &[])) };
         let relations = catalog::expect_relations();
         (prepared(&request.without_empty().traced(), &relations), relations)
-    });
+    };
     // SAFETY: called by Postgres; no frame up to Postgres's holds anything that needs dropping.
     unsafe {
+        let (rows, relations) = report::guard(prepare);
         let mut tables = Tables::default();
         tables.insert(&relations, &rows);
         tables.close();

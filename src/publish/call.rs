@@ -26,7 +26,7 @@ const ARGUMENTS: usize = 12;
 /// Of `outbox.refusal`, which lacks only the bytes.
 const REFUSAL_ARGUMENTS: usize = 11;
 
-crate::sql_function!(publish_event, pg_finfo_publish_event);
+crate::function_info!(pg_finfo_publish_event);
 
 /// `outbox.publish_event(...)`
 // No pg_guard: ERRORs of other people's triggers pass through; nothing here needs to be dropped.
@@ -36,7 +36,7 @@ extern "C-unwind" fn publish_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::
     unsafe { publish(fcinfo, request_of_call) }
 }
 
-crate::sql_function!(publish_event_of_any_types, pg_finfo_publish_event_of_any_types);
+crate::function_info!(pg_finfo_publish_event_of_any_types);
 
 /// `outbox.publish_event(...)` with arguments of type `outbox.any_value`
 // No pg_guard, for the same reason as publish_event.
@@ -50,52 +50,44 @@ crate::sql_function!(refusal, pg_finfo_refusal);
 
 /// `outbox.refusal(...)`: why the documented `publish_event` would refuse these arguments. It does not look for a
 /// repeated id.
-// No pg_guard, for the same reason as publish_event.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, REFUSAL_ARGUMENTS);
-        // SAFETY: called by Postgres, with the arguments of the SQL declaration, and this many.
-        let refused = unsafe {
-            let request = request_of_call((*fcinfo).args.as_slice(REFUSAL_ARGUMENTS));
-            check(&request.without_empty()).err()
-        };
-        // SAFETY: called by Postgres.
-        unsafe { (*fcinfo).isnull = refused.is_none() };
-        refused.map_or(pg_sys::Datum::from(0), |error| {
-            text_datum(&words_to_server(&error.in_one_line()))
-        })
+fn refusal(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, REFUSAL_ARGUMENTS);
+    // SAFETY: called by Postgres, with the arguments of the SQL declaration, and this many.
+    let refused = unsafe {
+        let request = request_of_call((*fcinfo).args.as_slice(REFUSAL_ARGUMENTS));
+        check(&request.without_empty()).err()
+    };
+    // SAFETY: called by Postgres.
+    unsafe { (*fcinfo).isnull = refused.is_none() };
+    refused.map_or(pg_sys::Datum::from(0), |error| {
+        text_datum(&words_to_server(&error.in_one_line()))
     })
 }
 
 crate::sql_function!(template_stream, pg_finfo_template_stream);
 
 /// `outbox.template_stream(event_type, source, subject, backend)`
-// No pg_guard, for the same reason as publish_event.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn template_stream(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, 4);
-        // SAFETY: called by Postgres, with four texts.
-        let stream = unsafe {
-            let arguments = (*fcinfo).args.as_slice(4);
-            let text = |index: usize| given(arguments, index).map(|d| Cow::Borrowed(bytes_of(d)));
-            let request = Request {
-                event_type: text(0),
-                source: text(1),
-                subject: text(2),
-                backend: text(3),
-                ..Request::default()
-            };
-            check(&with_backend(request.without_empty()))
-                .unwrap_or_else(|error| error.raise())
-                .first
-                .stream
+fn template_stream(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, 4);
+    // SAFETY: called by Postgres, with four texts.
+    let stream = unsafe {
+        let arguments = (*fcinfo).args.as_slice(4);
+        let text = |index: usize| given(arguments, index).map(|d| Cow::Borrowed(bytes_of(d)));
+        let request = Request {
+            event_type: text(0),
+            source: text(1),
+            subject: text(2),
+            backend: text(3),
+            ..Request::default()
         };
-        // SAFETY: called by Postgres.
-        unsafe { (*fcinfo).isnull = stream.is_none() };
-        stream.map_or(pg_sys::Datum::from(0), |stream| text_datum(&to_server(&stream)))
-    })
+        check(&with_backend(request.without_empty()))
+            .unwrap_or_else(|error| error.raise())
+            .first
+            .stream
+    };
+    // SAFETY: called by Postgres.
+    unsafe { (*fcinfo).isnull = stream.is_none() };
+    stream.map_or(pg_sys::Datum::from(0), |stream| text_datum(&to_server(&stream)))
 }
 
 type Arguments = [pg_sys::NullableDatum];
@@ -107,7 +99,7 @@ unsafe fn publish(
     fcinfo: pg_sys::FunctionCallInfo,
     request_of: for<'a> unsafe fn(&'a Arguments) -> Request<'a>,
 ) -> pg_sys::Datum {
-    let (rows, relations) = report::guard(|| {
+    let prepare = || {
         expect_arguments(fcinfo, ARGUMENTS);
         // SAFETY: the caller's promise; there are this many arguments.
         let request = unsafe { request_of((*fcinfo).args.as_slice(ARGUMENTS)) };
@@ -115,9 +107,10 @@ unsafe fn publish(
         let rows = prepared(&request.without_empty().traced(), &relations);
         expect_own_right();
         (rows, relations)
-    });
+    };
     // SAFETY: the caller's promise; the id lies in the memory of the call.
     unsafe {
+        let (rows, relations) = report::guard(prepare);
         let mut tables = Tables::default();
         let inserted = tables.insert(&relations, &rows);
         tables.close();

@@ -4,7 +4,6 @@ use crate::publish::destinations::check;
 use crate::publish::error::PublishError;
 use crate::publish::inserted_row::{is_copy, request_of, row_key};
 use crate::publish::request::Request;
-use crate::server::report;
 use crate::server::trigger_call::{When, expect_trigger};
 use crate::tables::applied;
 use crate::tables::catalog;
@@ -27,26 +26,22 @@ crate::sql_function!(confirm_event, pg_finfo_confirm_event);
 
 /// Trigger of `outbox.events`, before each row and after all other triggers. What `complete_event` has filled in must
 /// be unchanged, and what others have changed since must still be a valid event.
-// No pg_guard, for the same reason as complete_event.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let relations = catalog::expect_relations();
-        // SAFETY: called by Postgres; a trigger of this kind has a row.
-        unsafe {
-            let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
-            let triggers = (*trigger.tg_relation).trigdesc;
-            let is_new = !applied::puts_back();
-            if is_new && insertion::has_other_triggers(triggers, &relations.triggers) {
-                let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
-                confirm(&row);
-            } else {
-                COMPLETED.with_borrow_mut(Vec::clear);
-            }
-            (*fcinfo).isnull = false;
-            pg_sys::Datum::from(trigger.tg_trigtuple)
+fn confirm_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let relations = catalog::expect_relations();
+    // SAFETY: called by Postgres; a trigger of this kind has a row.
+    unsafe {
+        let trigger = expect_trigger(fcinfo, "confirm_event", When::BeforeInsertOfRow, &[relations.events]);
+        let triggers = (*trigger.tg_relation).trigdesc;
+        let is_new = !applied::puts_back();
+        if is_new && insertion::has_other_triggers(triggers, &relations.triggers) {
+            let row = Row::of(trigger.tg_trigtuple, (*trigger.tg_relation).rd_att);
+            confirm(&row);
+        } else {
+            COMPLETED.with_borrow_mut(Vec::clear);
         }
-    })
+        (*fcinfo).isnull = false;
+        pg_sys::Datum::from(trigger.tg_trigtuple)
+    }
 }
 
 /// Notes a row that was checked and filled in.

@@ -91,10 +91,10 @@ pub(super) unsafe fn insert_pending() {
     if PENDING.with_borrow(Vec::is_empty) {
         return;
     }
-    while let Some((relations, rows)) = report::guard(next) {
-        let mut tables = Tables::default();
-        // SAFETY: the caller's promise.
-        unsafe {
+    // SAFETY: the caller's promise.
+    unsafe {
+        while let Some((relations, rows)) = report::guard(next) {
+            let mut tables = Tables::default();
             tables.insert_further(&relations, &rows);
             tables.close();
         }
@@ -179,7 +179,7 @@ fn new_row(row: &Row, pending: &Pending) -> NewRow {
     new
 }
 
-crate::sql_function!(fan_out, pg_finfo_fan_out);
+crate::function_info!(pg_finfo_fan_out);
 
 /// Trigger of `outbox.events` and `outbox.scheduled_events`, after a statement that has inserted rows.
 // No pg_guard: as publish_event.
@@ -190,7 +190,7 @@ extern "C-unwind" fn fan_out(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
         unsafe { (*fcinfo).isnull = false };
         return pg_sys::Datum::from(0);
     }
-    report::guard(|| {
+    let expect = || {
         let relations = catalog::expect_relations();
         // SAFETY: called by Postgres.
         unsafe {
@@ -198,9 +198,12 @@ extern "C-unwind" fn fan_out(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum 
             expect_trigger(fcinfo, "fan_out", When::AfterStatement, &tables);
             (*fcinfo).isnull = false;
         }
-    });
-    // SAFETY: within a trigger; nothing here needs to be dropped.
-    unsafe { insert_pending() };
+    };
+    // SAFETY: within a trigger; this frame, which Postgres calls, has nothing to be dropped.
+    unsafe {
+        report::guard(expect);
+        insert_pending();
+    }
     // An AFTER trigger's result is ignored.
     pg_sys::Datum::from(0)
 }

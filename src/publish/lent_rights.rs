@@ -34,7 +34,7 @@ pub(crate) unsafe fn lends_no_more(rights: *mut pg_sys::List, raises: bool) -> b
                 continue;
             }
             if raises {
-                report::guard(|| refuse(lender));
+                report::guard::<()>(|| refuse(lender));
             }
             return false;
         }

@@ -9,7 +9,6 @@
 
 use crate::publish::{on_conflict, returning};
 use crate::server::error::strict_arguments;
-use crate::server::report;
 use pgrx::pg_sys;
 
 /// Does with a query that is planned what those hooks do. Both leave alone what they have seen before.
@@ -27,23 +26,19 @@ pub(crate) unsafe fn catch_up(query: *mut pg_sys::Query) {
 crate::sql_function!(plan_first_branch, pg_finfo_plan_first_branch);
 
 /// Support function of `outbox.first_branch()`: the planner replaces its call by the constant.
-// No pg_guard: as the other functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn plan_first_branch(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        // Other requests of the planner get no answer.
-        let nothing = pg_sys::Datum::from(0);
-        let Some([request]) = strict_arguments(fcinfo) else {
+fn plan_first_branch(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    // Other requests of the planner get no answer.
+    let nothing = pg_sys::Datum::from(0);
+    let Some([request]) = strict_arguments(fcinfo) else {
+        return nothing;
+    };
+    // SAFETY: the tag of the planner's request names its type. SQL cannot pass an argument of type internal.
+    unsafe {
+        if (*request.cast_mut_ptr::<pg_sys::Node>()).type_ != pg_sys::NodeTag::T_SupportRequestSimplify {
             return nothing;
-        };
-        // SAFETY: the tag of the planner's request names its type. SQL cannot pass an argument of type internal.
-        unsafe {
-            if (*request.cast_mut_ptr::<pg_sys::Node>()).type_ != pg_sys::NodeTag::T_SupportRequestSimplify {
-                return nothing;
-            }
-            let zero = pg_sys::Datum::from(0i16);
-            let constant = pg_sys::makeConst(pg_sys::INT2OID, -1, pg_sys::InvalidOid, 2, zero, false, true);
-            pg_sys::Datum::from(constant)
         }
-    })
+        let zero = pg_sys::Datum::from(0i16);
+        let constant = pg_sys::makeConst(pg_sys::INT2OID, -1, pg_sys::InvalidOid, 2, zero, false, true);
+        pg_sys::Datum::from(constant)
+    }
 }

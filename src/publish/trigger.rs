@@ -27,15 +27,13 @@ use crate::tables::trusted::{RowKey, inserted, is_moving};
 use pgrx::pg_sys;
 use relay::reading::range::Key;
 
-crate::sql_function!(complete_event, pg_finfo_complete_event);
+crate::function_info!(pg_finfo_complete_event);
 
 /// Trigger of `outbox.events` and `outbox.scheduled_events`, before each row.
 // No pg_guard: our own guard converts our errors to the database's encoding.
 #[unsafe(no_mangle)]
 extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    // SAFETY: within a trigger; nothing here needs to be dropped.
-    unsafe { fan_out::insert_pending() };
-    report::guard(|| {
+    let complete = || {
         let relations = catalog::expect_relations();
         // SAFETY: called by Postgres; a trigger of this kind has a row.
         unsafe {
@@ -54,7 +52,12 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
             // A null tuple leaves the row out.
             pg_sys::Datum::from(completed(table, trigger.tg_trigtuple, trigger.tg_relation))
         }
-    })
+    };
+    // SAFETY: within a trigger; this frame, which Postgres calls, has nothing to be dropped.
+    unsafe {
+        fan_out::insert_pending();
+        report::guard(complete)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -21,9 +21,12 @@ unsafe extern "C-unwind" {
     fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }
 
-/// Runs the body of one of our functions that are declared by hand. An ERROR of Postgres leaves it as it was raised,
-/// and a panic leaves it as an ERROR. Nothing in the frames of the caller may need to be dropped.
-pub(crate) fn guard<R>(body: impl FnOnce() -> R) -> R {
+/// Runs the body of one of our functions. An ERROR of Postgres leaves it as it was raised, and a panic leaves it as an
+/// ERROR.
+///
+/// # Safety
+/// No frame up to Postgres's own holds anything that needs dropping: the ERROR jumps over them.
+pub(crate) unsafe fn guard<R>(body: impl FnOnce() -> R) -> R {
     match untouched::attempt(body) {
         Ok(result) => result,
         // SAFETY: the caller's promise.

@@ -3,7 +3,6 @@
 
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
-use crate::server::report;
 use crate::server::scoped;
 use crate::server::trigger_call::{When, expect_trigger};
 use crate::tables::catalog;
@@ -87,22 +86,18 @@ pub(crate) fn say_published(name: &str) {
 crate::sql_function!(leave_local, pg_finfo_leave_local);
 
 /// Trigger of tables whose rows must not be replicated, before each row.
-// No pg_guard: our own guard converts our errors to the database's encoding.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        let relations = catalog::expect_relations();
-        // SAFETY: called by Postgres; a trigger of this kind has a row, and on UPDATE a new one.
-        unsafe {
-            let trigger = expect_trigger(fcinfo, "leave_local", When::BeforeRow, relations.tables());
-            (*fcinfo).isnull = false;
-            let is_update = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE;
-            match (is_worker(), is_update) {
-                // A row from a subscription is left out.
-                (true, _) => pg_sys::Datum::from(0),
-                (false, true) => pg_sys::Datum::from(trigger.tg_newtuple),
-                (false, false) => pg_sys::Datum::from(trigger.tg_trigtuple),
-            }
+fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    let relations = catalog::expect_relations();
+    // SAFETY: called by Postgres; a trigger of this kind has a row, and on UPDATE a new one.
+    unsafe {
+        let trigger = expect_trigger(fcinfo, "leave_local", When::BeforeRow, relations.tables());
+        (*fcinfo).isnull = false;
+        let is_update = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE;
+        match (is_worker(), is_update) {
+            // A row from a subscription is left out.
+            (true, _) => pg_sys::Datum::from(0),
+            (false, true) => pg_sys::Datum::from(trigger.tg_newtuple),
+            (false, false) => pg_sys::Datum::from(trigger.tg_trigtuple),
         }
-    })
+    }
 }

@@ -73,7 +73,7 @@ pub(crate) fn reading<R>(f: impl FnOnce() -> R) -> R {
 /// this as a SET clause, Postgres's error would not say what to do.)
 #[pg_extern(sql = false)]
 fn silence_triggers() {
-    report::guard(|| {
+    let silence = || {
         let (owner, user) = (catalog::owner(), current_user());
         // The owner's own triggers do fire. They must not run with a superuser's rights.
         if owner != user && !is_superuser(owner) {
@@ -83,7 +83,9 @@ fn silence_triggers() {
             refuse_owner(user);
         }
         silence::begin();
-    });
+    };
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(silence) };
 }
 
 fn current_user() -> pg_sys::Oid {
@@ -160,24 +162,20 @@ crate::sql_function!(analyse_as, pg_finfo_analyse_as);
 
 /// `outbox.analyse_as(role, query)`: parses a query, whose types may run code of that role, with the role's rights.
 /// Settings that such code changes are restored.
-// No pg_guard: our own guard lets ERRORs of the query pass whole.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        if let Some([role, query]) = strict_arguments(fcinfo) {
-            let role = pg_sys::Oid::from(role.value() as u32);
-            expect_may_become(role);
-            // SAFETY: within a transaction, with a text by the SQL declaration. An ERROR in between restores the
-            // settings when it aborts.
-            unsafe {
-                let query = CStr::from_ptr(pg_sys::text_to_cstring(query.cast_mut_ptr()));
-                let level = pg_sys::NewGUCNestLevel();
-                as_user(role, || analyse(query));
-                pg_sys::AtEOXact_GUC(false, level);
-            }
+fn analyse_as(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    if let Some([role, query]) = strict_arguments(fcinfo) {
+        let role = pg_sys::Oid::from(role.value() as u32);
+        expect_may_become(role);
+        // SAFETY: within a transaction, with a text by the SQL declaration. An ERROR in between restores the
+        // settings when it aborts.
+        unsafe {
+            let query = CStr::from_ptr(pg_sys::text_to_cstring(query.cast_mut_ptr()));
+            let level = pg_sys::NewGUCNestLevel();
+            as_user(role, || analyse(query));
+            pg_sys::AtEOXact_GUC(false, level);
         }
-        pg_sys::Datum::from(0)
-    })
+    }
+    pg_sys::Datum::from(0)
 }
 
 fn analyse(query: &CStr) {

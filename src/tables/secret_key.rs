@@ -7,7 +7,6 @@ use crate::server::encoding;
 use crate::server::error;
 use crate::server::error::{internal, raise};
 use crate::server::random;
-use crate::server::report;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use relay::seal::{self, NONCE_BYTES, SealKey};
@@ -78,34 +77,30 @@ crate::sql_function!(seal_password, pg_finfo_seal_password);
 
 /// `outbox.seal_password(backend_number, password)`, strict. `set_backend_password` calls it with the rights of the
 /// key's owner.
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        error::expect_arguments(fcinfo, 2);
-        // SAFETY: an integer and a text. Neither is null, unless a user has declared the function otherwise.
-        let (number, password) = unsafe {
-            let arguments = (*fcinfo).args.as_slice(2);
-            if arguments.iter().any(|argument| argument.isnull) {
-                internal("a password and its backend must not be null");
-            }
-            (*fcinfo).isnull = false;
-            (arguments[0].value.value() as i32, bytes_of(arguments[1].value))
-        };
-        if let Err(why) = encoding::has_utf8_form(password) {
-            raise(ErrorReport::new(why.code(), "the password has no UTF-8 form", "").set_detail(why.detail()));
+fn seal_password(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    error::expect_arguments(fcinfo, 2);
+    // SAFETY: an integer and a text. Neither is null, unless a user has declared the function otherwise.
+    let (number, password) = unsafe {
+        let arguments = (*fcinfo).args.as_slice(2);
+        if arguments.iter().any(|argument| argument.isnull) {
+            internal("a password and its backend must not be null");
         }
-        // SAFETY: the text was checked above.
-        let password = unsafe { encoding::utf8(password) };
-        let key = key().unwrap_or_else(make_key);
-        match seal::seal(&key, random::bytes::<NONCE_BYTES>(), number, &password) {
-            // A bytea has the same form as text.
-            Some(sealed) => crate::server::datum::text_datum(&sealed),
-            None => raise(ErrorReport::new(
-                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-                "the password is too long",
-                "",
-            )),
-        }
-    })
+        (*fcinfo).isnull = false;
+        (arguments[0].value.value() as i32, bytes_of(arguments[1].value))
+    };
+    if let Err(why) = encoding::has_utf8_form(password) {
+        raise(ErrorReport::new(why.code(), "the password has no UTF-8 form", "").set_detail(why.detail()));
+    }
+    // SAFETY: the text was checked above.
+    let password = unsafe { encoding::utf8(password) };
+    let key = key().unwrap_or_else(make_key);
+    match seal::seal(&key, random::bytes::<NONCE_BYTES>(), number, &password) {
+        // A bytea has the same form as text.
+        Some(sealed) => crate::server::datum::text_datum(&sealed),
+        None => raise(ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            "the password is too long",
+            "",
+        )),
+    }
 }

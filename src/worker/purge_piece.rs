@@ -112,7 +112,8 @@ fn purge_piece(
         }
         None => (0, None),
     };
-    let (deleted, last) = report::guard(delete);
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    let (deleted, last) = unsafe { report::guard(delete) };
     // SAFETY: a plain read of the process's own variable.
     if let Some(meter) = meters::find(unsafe { pg_sys::MyDatabaseId }, backend_number) {
         meter.purged.fetch_add(deleted, Ordering::Relaxed);
@@ -124,7 +125,7 @@ fn purge_piece(
 /// settings.
 #[pg_extern(sql = false)]
 fn retention_of(setting: &str) -> Option<Interval> {
-    report::guard(|| {
+    let read = || {
         let setting = match setting {
             "published_retention" => &guc::PUBLISHED_RETENTION_MIN,
             "failed_retention" => &guc::FAILED_RETENTION_MIN,
@@ -132,5 +133,7 @@ fn retention_of(setting: &str) -> Option<Interval> {
             _ => internal(format!("there is no setting outbox_relay.{setting}")),
         };
         guc::retention_us(setting).and_then(|us| Interval::new(0, 0, us).ok())
-    })
+    };
+    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
+    unsafe { report::guard(read) }
 }

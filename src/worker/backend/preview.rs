@@ -3,7 +3,6 @@
 use crate::server::datum::utf8_of;
 use crate::server::encoding::words_to_server;
 use crate::server::error::{expect_arguments, raise};
-use crate::server::report;
 use crate::tables::row::EventTexts;
 use crate::tables::sql::{argument, query_named, query_value, text_array};
 use crate::tables::{backends, rights, ticks};
@@ -16,37 +15,28 @@ use std::borrow::Cow;
 crate::sql_function!(preview, pg_finfo_preview);
 
 /// `outbox.preview(event_id)`, strict
-// No pg_guard, as for all functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, 1);
-        // SAFETY: called by Postgres, with an id.
-        unsafe { shown_command(fcinfo, |arguments| Sought::of(arguments[0].value)) }
-    })
+fn preview(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, 1);
+    // SAFETY: called by Postgres, with an id.
+    unsafe { shown_command(fcinfo, |arguments| Sought::of(arguments[0].value)) }
 }
 
 crate::sql_function!(preview_of_backend, pg_finfo_preview_of_backend);
 
 /// `outbox.preview(event_id, backend, stream)`
-// No pg_guard, as in the other functions that are declared by hand.
-#[unsafe(no_mangle)]
-extern "C-unwind" fn preview_of_backend(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-    report::guard(|| {
-        expect_arguments(fcinfo, 3);
-        // SAFETY: called by Postgres, with an id and two texts.
-        unsafe {
-            shown_command(fcinfo, |arguments| {
-                let text =
-                    |index: usize| (!arguments[index].isnull).then(|| utf8_of(arguments[index].value).into_owned());
-                Sought {
-                    backend: text(1),
-                    stream: text(2),
-                    ..Sought::of(arguments[0].value)
-                }
-            })
-        }
-    })
+fn preview_of_backend(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+    expect_arguments(fcinfo, 3);
+    // SAFETY: called by Postgres, with an id and two texts.
+    unsafe {
+        shown_command(fcinfo, |arguments| {
+            let text = |index: usize| (!arguments[index].isnull).then(|| utf8_of(arguments[index].value).into_owned());
+            Sought {
+                backend: text(1),
+                stream: text(2),
+                ..Sought::of(arguments[0].value)
+            }
+        })
+    }
 }
 
 /// The row of an event that is asked for.
