@@ -11,7 +11,7 @@
 //! - [`stream_names`] streams of events that name none; [`consumers`] what Redis reports about consumer groups
 //! - [`identity`] what guards record about this server; [`copies`] databases made from others; [`foreign`], [`applied`]
 //!   rows that came without our trigger, or through a subscription
-//! - [`secret_key`] the key that passwords are sealed with
+//! - [`purge_piece`] deletes what was sent long ago; [`secret_key`] the key that passwords are sealed with
 
 pub(crate) mod applied;
 pub(crate) mod backends;
@@ -31,6 +31,7 @@ pub(crate) mod missing;
 pub(crate) mod numbers;
 pub(crate) mod options;
 pub(crate) mod publisher_limits;
+pub(crate) mod purge_piece;
 pub(crate) mod refused;
 pub(crate) mod replays;
 pub(crate) mod restores;

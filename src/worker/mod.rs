@@ -29,7 +29,7 @@
 //! | [`consumers`] | asks about consumer groups | |
 //! | [`testing`] | answers `outbox.test_backend()` | [`tested`] |
 //! | [`forgetting`] | forgets deleted backends | |
-//! | [`purging`], [`purge_piece`] | decides when to purge; deletes a piece | [`purge`]: how far purging is |
+//! | [`purging`] | decides when to purge | [`purge`]: how far purging is |
 //! | [`leave`] | ends the process | |
 
 pub(crate) mod backend;
@@ -47,7 +47,6 @@ mod passed;
 mod passing_by;
 mod permits;
 mod purge;
-mod purge_piece;
 mod purging;
 mod rates;
 mod reading;

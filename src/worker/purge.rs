@@ -3,14 +3,14 @@
 //!
 //! Rows have no time of sending. Instead, each backend records ticks: everything that this snapshot sees is delivered
 //! by now. Rows that are seen by a tick older than the retention may be deleted. Purging reads in the same way as
-//! delivery does, from the tick up to which was purged to the newest tick that is old enough (`purge_piece.rs`).
+//! delivery does, from the tick up to which was purged to the newest tick that is old enough (`tables/purge_piece.rs`).
 
 use crate::server::guc;
 use crate::server::process::{self, Aborted};
 use crate::tables::catalog;
+use crate::tables::purge_piece::{purge_sent, sent_retention_us};
 use crate::tables::retention::{self, AgedPiece, RecordedTicks};
 use crate::worker::backend::Backend;
-use crate::worker::purge_piece::{purge_sent, sent_retention_us};
 use pgrx::guc::GucSetting;
 use relay::reading::snapshot::Tick;
 use relay::time::Now;

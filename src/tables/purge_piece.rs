@@ -1,20 +1,14 @@
 //! Deletes a piece of a backend's sent events: those between the tick up to which was purged and the newest tick that
 //! is older than the retention. The worker and `outbox.purge()` use it.
 
-use crate::server::error::internal;
 use crate::server::guc;
-use crate::server::meters;
 use crate::server::process;
-use crate::server::report;
 use crate::tables::catalog;
 use crate::tables::events::EventsTable;
 use crate::tables::{backends, refused, retention};
-use pgrx::datum::Interval;
-use pgrx::{pg_extern, pg_sys};
 use relay::reading::range::RangeScan;
 use relay::reading::snapshot::Tick;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// How many rows one statement deletes; it takes about a tenth of a millisecond. Between two statements the worker
 /// checks whether an event has come.
@@ -24,13 +18,13 @@ const STEP_ROWS: usize = 32;
 const WINDOW_SEQS: i64 = 2_000;
 
 /// How long sent events are kept, in microseconds; `None`: for ever.
-pub(super) fn sent_retention_us() -> Option<i64> {
+pub(crate) fn sent_retention_us() -> Option<i64> {
     guc::retention_us(&guc::PUBLISHED_RETENTION_MIN).filter(|_| guc::CLEANUP_PUBLISHED.get())
 }
 
 /// Deletes up to `count` rows of a backend after `after`; fewer if `is_over`, which is asked after each statement.
 /// Returns how many were deleted, and after which row to go on; `None`: all are done.
-pub(super) fn purge_sent(
+pub(crate) fn purge_sent(
     number: i32,
     after: i64,
     retention_us: i64,
@@ -96,44 +90,4 @@ pub(super) fn purge_sent(
         process::debug(|| format!("purged {} sent events", deleted.len()));
     }
     (deleted.len() as u64, last)
-}
-
-/// `outbox.purge_piece(backend_number, after_seq, row_count)`
-#[pg_extern(sql = false)]
-fn purge_piece(
-    backend_number: i32,
-    after_seq: i64,
-    row_count: i32,
-) -> pgrx::iter::TableIterator<'static, (pgrx::name!(deleted, i64), pgrx::name!(last_seq, Option<i64>))> {
-    let delete = || match sent_retention_us() {
-        Some(retention_us) => {
-            let count = row_count.max(1) as usize;
-            purge_sent(backend_number, after_seq, retention_us, count, || false)
-        }
-        None => (0, None),
-    };
-    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
-    let (deleted, last) = unsafe { report::guard(delete) };
-    // SAFETY: a plain read of the process's own variable.
-    if let Some(meter) = meters::find(unsafe { pg_sys::MyDatabaseId }, backend_number) {
-        meter.purged.fetch_add(deleted, Ordering::Relaxed);
-    }
-    pgrx::iter::TableIterator::once((deleted as i64, last))
-}
-
-/// `outbox.retention(setting)`, for a caller without a worker. Calling it loads the library, and so defines the
-/// settings.
-#[pg_extern(sql = false)]
-fn retention_of(setting: &str) -> Option<Interval> {
-    let read = || {
-        let setting = match setting {
-            "published_retention" => &guc::PUBLISHED_RETENTION_MIN,
-            "failed_retention" => &guc::FAILED_RETENTION_MIN,
-            "inbox_retention" => &guc::INBOX_RETENTION_MIN,
-            _ => internal(format!("there is no setting outbox_relay.{setting}")),
-        };
-        guc::retention_us(setting).and_then(|us| Interval::new(0, 0, us).ok())
-    };
-    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
-    unsafe { report::guard(read) }
 }
