@@ -67,16 +67,21 @@ fn confirm(row: &Row) {
     if is_moving() {
         return;
     }
+    match check_as_it_is(row) {
+        // The backend's name may come from a dump, or somebody has changed it. The number decides.
+        Ok(()) | Err(PublishError::UnknownBackend(_)) => {}
+        Err(PublishError::NoUtf8Form { .. }) if is_copy() => {}
+        Err(e) => e.raise(),
+    }
+}
+
+/// The checks of an event, for a row as other triggers have left it, with the stream that it already has.
+fn check_as_it_is(row: &Row) -> Result<(), PublishError> {
     let request = Request {
         keeps_stream: true,
         ..request_of(row)
     };
-    match check(&request) {
-        // The backend's name may come from a dump, or somebody has changed it. The number decides.
-        Ok(_) | Err(PublishError::UnknownBackend(_)) => {}
-        Err(PublishError::NoUtf8Form { .. }) if is_copy() => {}
-        Err(e) => e.raise(),
-    }
+    check(&request).map(drop)
 }
 
 /// A row of `publish_event` that other triggers may have changed: it must still be a valid event.
@@ -84,9 +89,5 @@ pub(super) fn confirm_published(key: RowKey, row: &Row) {
     if row_key(row) != key {
         PublishError::Changed.raise();
     }
-    let request = Request {
-        keeps_stream: true,
-        ..request_of(row)
-    };
-    check(&request).map_or_else(|e| e.raise(), |_| note_completed(key));
+    check_as_it_is(row).map_or_else(|e| e.raise(), |()| note_completed(key));
 }
