@@ -151,14 +151,23 @@ impl Worker {
     fn sweep(&mut self) -> Result<(), Aborted> {
         let (now, beside_others) = (self.now(), self.is_beside_others());
         self.mending.sweep_at = now;
-        let Some(sweep) = &mut self.mending.sweep else {
+        if self.mending.sweep.is_none() {
             return Ok(());
-        };
+        }
         if !self.mending.pieces.may_begin(beside_others, now) {
             self.mending.sweep_at = self.mending.pieces.rests_until();
             return Ok(());
         }
+        self.step_of_sweep()?;
+        // A step that has failed is tried again after its own pause.
         self.mending.pieces.begins(now);
+        Ok(())
+    }
+
+    fn step_of_sweep(&mut self) -> Result<(), Aborted> {
+        let Some(sweep) = &mut self.mending.sweep else {
+            return Ok(());
+        };
         let (after, upto) = (sweep.after, sweep.upto);
         if let Some(judge) = &mut sweep.judge {
             let last = process::transaction(|| foreign::look_at_rows(judge, after, upto, LOOK_ROWS))?;

@@ -1,7 +1,8 @@
 //! Triggers that were disabled, by `pg_restore --disable-triggers` or by hand: they are enabled again in a moment,
 //! nothing depends on them meanwhile, and rows that were inserted without them are sent once.
 
-use kit::{Entry, Postgres, Stack, types, wait_eq, wait_until};
+use kit::{Bystander, Entry, Postgres, Stack, types, wait_eq, wait_until};
+use std::time::{Duration, Instant};
 
 const BURN: &str = "do $$ begin for i in 1..3000 loop perform pg_current_xact_id(); commit; end loop; end $$";
 const BROKEN: &str = "select count(*) from outbox.broken_triggers()";
@@ -380,4 +381,36 @@ fn a_scheduled_event_that_was_sent_since_the_dump_is_not_repeated() {
     );
     target.exec_db("copy", "select outbox.publish_event('after', 's')");
     assert_eq!(types(&stack.wait_events(2)), ["soon", "after"]);
+}
+
+/// A step of the sweep that fails is tried again each second. It rests three times as long beside publishers only after
+/// a step that has done something.
+#[test]
+fn a_sweep_that_somebody_held_up_goes_on_soon_beside_publishers() {
+    let stack = Stack::start();
+    let others = Bystander::start(&stack);
+    let mut holder = stack.pg.client();
+    let mut open = holder.transaction().unwrap();
+    open.batch_execute("lock table outbox.restores in exclusive mode")
+        .unwrap();
+    stack.pg.exec(
+        "begin; alter table outbox.events disable trigger user;
+         insert into outbox.events (seq, xid, created_at, event_id, backend_number, event_type, source, backend)
+            select nextval('outbox.events_seq_seq'), '3', now(), gen_random_uuid(), number, 'foreign', 's', name
+            from outbox.backends where name = 'default';
+         do $$ declare t record; begin for t in select name from outbox.our_triggers() where relation = 'events' loop
+            execute format('alter table outbox.events enable always trigger %I', t.name); end loop; end $$; commit",
+    );
+    stack
+        .pg
+        .wait_log("triggers of outbox_relay cannot be mended: canceling statement due to lock timeout");
+    let released = Instant::now();
+    open.commit().unwrap();
+    stack
+        .pg
+        .wait_log("1 rows of outbox.events carried transaction ids of another cluster");
+    let took = released.elapsed();
+    assert!(took < Duration::from_millis(2_500), "{took:?}");
+    assert_eq!(types(&stack.wait_events(1)), ["foreign"]);
+    others.stop(&stack);
 }
