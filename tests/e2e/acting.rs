@@ -58,18 +58,9 @@ fn drain_does_not_take_a_refused_or_paused_event_for_sent() {
 
 #[test]
 fn discarded_events_are_gone_for_good() {
-    let stack = Stack::of(
-        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
-        Redis::start(),
-    );
-    stack.redis.call(&["SET", "wrong", "no stream"]);
-    for event_type in ["one", "one", "two"] {
-        stack.pg.exec(&format!(
-            "select outbox.publish_event('{event_type}', 'kit', stream => 'wrong')"
-        ));
-    }
+    let stack = quick();
+    stack.fail("default", &["one", "one", "two"]);
     let failed = || stack.pg.one::<i64>("select count(*) from outbox.failed_events");
-    wait_eq("failed events", 3, failed);
     stack.pg.exec("begin; select outbox.discard_failed(); rollback");
     assert_eq!(failed(), 3, "it is transactional");
     let discarded: i64 = stack.pg.one("select outbox.discard_failed(event_type => 'one')");
@@ -97,17 +88,8 @@ fn discarded_events_are_gone_for_good() {
 /// Events belong to their backend, whatever it is called, as `retry_failed` and the views have it.
 #[test]
 fn failed_events_of_a_renamed_backend_are_discarded_by_its_new_name() {
-    let stack = Stack::of(
-        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
-        Redis::start(),
-    );
-    stack.redis.call(&["SET", "wrong", "no stream"]);
-    stack
-        .pg
-        .exec("select outbox.publish_event('one', 'kit', stream => 'wrong')");
-    wait_eq("failed events", 1, || {
-        stack.pg.one::<i64>("select count(*) from outbox.failed_events")
-    });
+    let stack = quick();
+    stack.fail("default", &["one"]);
     stack.pg.exec(
         "update outbox.backends set name = 'renamed' where name = 'default';
          insert into outbox.backends (name, enabled) values ('default', false)",
@@ -120,12 +102,7 @@ fn failed_events_of_a_renamed_backend_are_discarded_by_its_new_name() {
     };
     assert_eq!((of("default"), of("renamed")), ((0, 0), (1, 1)));
     // What is left of a deleted backend has the name that this had.
-    stack
-        .pg
-        .exec("select outbox.publish_event('two', 'kit', backend => 'renamed', stream => 'wrong')");
-    wait_eq("failed events", 1, || {
-        stack.pg.one::<i64>("select count(*) from outbox.failed_events")
-    });
+    stack.fail("renamed", &["two"]);
     stack.pg.exec("delete from outbox.backends where name = 'renamed'");
     assert_eq!((of("default"), of("renamed")), ((0, 0), (1, 1)));
 }

@@ -275,14 +275,8 @@ fn the_cause_that_keeps_old_events_is_named() {
 
 #[test]
 fn failed_events_are_named() {
-    let stack = Stack::of(
-        Postgres::with(QUICK).with(&[("outbox_relay.max_retries", "1")]),
-        Redis::start(),
-    );
-    stack.redis.call(&["SET", "wrong", "no stream"]);
-    stack
-        .pg
-        .exec("select outbox.publish_event('one', 'kit', stream => 'wrong')");
+    let stack = quick();
+    stack.fail("default", &["one"]);
     let ill = wait_ill(&stack.pg, "failed events", "1 events have failed");
     stack.redis.call(&["DEL", "wrong"]);
     follow(&stack.pg, "postgres", &ill);

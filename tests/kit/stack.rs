@@ -110,6 +110,21 @@ impl Stack {
             .get(0)
     }
 
+    /// Publishes events of these types that Redis refuses, into the stream "wrong" and to this backend, and waits until
+    /// they have failed.
+    #[track_caller]
+    pub fn fail(&self, backend: &str, event_types: &[&str]) {
+        self.redis.call(&["SET", "wrong", "no stream"]);
+        let failed = || self.pg.one::<i64>("select count(*) from outbox.failed_events");
+        let expected = failed() + event_types.len() as i64;
+        for event_type in event_types {
+            self.pg.exec(&format!(
+                "select outbox.publish_event('{event_type}', 'kit', backend => '{backend}', stream => 'wrong', max_retries => 1)"
+            ));
+        }
+        wait_eq("failed events", expected, failed);
+    }
+
     /// Publishes this many events to the backend `default`, and waits until it is in this state with an error that
     /// contains `error`, and until the log has the hint: they all wait, and none has failed.
     #[track_caller]
