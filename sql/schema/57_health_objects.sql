@@ -330,7 +330,8 @@ faults(what, fault, cure) as (
         or exists (select from pg_publication_namespace n
             where n.pnpubid = p.oid and n.pnnspid = 'outbox'::regnamespace)))
     union all
-    -- An attached table's partitions and children: statements on them fire their own triggers alone.
+    -- An attached table's partitions and children: statements on them fire their own triggers alone. One that is
+    -- attached by itself, or as another parent's child, publishes as that one.
     select distinct 'attached tables',
         format('%s is attached, and its partition or child %s is not.', a.tgrelid::regclass, i.inhrelid::regclass),
         format('Run SELECT outbox.attach_table(%L, ...); again, as the comment of %s says.', a.tgrelid::regclass,
@@ -339,7 +340,9 @@ faults(what, fault, cure) as (
         join pg_class k on k.oid = i.inhrelid and k.relkind in ('r', 'p')
     where not a.tgisinternal and a.tgname ~ '^outbox_relay_(insert|update|delete)$'
         and not exists (select from pg_trigger o
-            where o.tgrelid = i.inhrelid and o.tgname = a.tgname and o.tgfoid = a.tgfoid)
+            where o.tgrelid = i.inhrelid and case o.tgfoid when a.tgfoid then o.tgname = a.tgname
+                else starts_with(obj_description(o.tgfoid, 'pg_proc'),
+                    'Publishes rows as events, see outbox.attach_table(): {') end)
     union all
     select 'attached tables',
         format('The trigger "%s" of %s does not fire for each statement.', a.tgname, a.tgrelid::regclass),

@@ -387,3 +387,53 @@ fn partitions_and_children_that_come_later_are_published_and_dumps_bring_them() 
         "drop extension outbox_relay cascade; alter table p rename column nr to id; create table p9 partition of p for values from (90) to (99)",
     );
 }
+
+/// It has one trigger for each operation: that of the parent that was attached last, or its own.
+#[test]
+fn a_child_of_several_attached_parents_is_well() {
+    let pg = start();
+    let mut c = pg.client();
+    let said = || -> Option<String> {
+        pg.client()
+            .query_one(
+                "select hint from outbox.health() where \"check\" = 'attached tables'",
+                &[],
+            )
+            .expect("a row")
+            .get(0)
+    };
+    run(
+        &mut c,
+        "create table a (id int, n int); create table b (id int, m int); create table child (own int) inherits (a, b);
+         select outbox.attach_table('a', key => '{id}'); select outbox.attach_table('b', key => '{id}')",
+    );
+    assert_eq!(said(), None);
+    run(
+        &mut c,
+        "insert into child (id) values (1); update a set n = 2; update b set m = 3; delete from child",
+    );
+    assert_eq!(heads(&mut c), ["b.insert 1", "a.update 1", "b.update 1", "b.delete 1"]);
+    // By itself, and less than its parents.
+    run(
+        &mut c,
+        "select outbox.attach_table('child', key => '{own}', operations => 'insert'); insert into child (own) values (5)",
+    );
+    assert_eq!(said(), None);
+    assert_eq!(heads(&mut c), ["child.insert 5"]);
+    // Without triggers, with some of them, and with one that only has such a name, it is named.
+    run(&mut c, "select outbox.detach_table('child')");
+    assert!(said().is_some_and(|hint| hint.contains("attach_table('public.b'")));
+    run(
+        &mut c,
+        "create function f() returns trigger language plpgsql as 'begin return null; end';
+         create trigger outbox_relay_insert after insert on child for each statement execute function f()",
+    );
+    assert!(said().is_some());
+    run(
+        &mut c,
+        "select outbox.attach_table('a', key => '{id}'); select outbox.attach_table('b', key => '{id}')",
+    );
+    assert_eq!(said(), None);
+    run(&mut c, "drop trigger outbox_relay_delete on child");
+    assert!(said().is_some());
+}
