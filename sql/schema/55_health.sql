@@ -108,7 +108,9 @@ create function outbox.backend_health(out "check" text, out status text, out det
 begin
     return query
 with
-s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len, b.own_stream, b.trim from outbox.backend_status v join outbox.backends b on b.name = v.backend),
+s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len, b.trim, b.mode,
+        -- As a pattern: of a template, what it gives.
+        regexp_replace(coalesce(b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), '[{][^{}]*[}]', '*', 'g') as streams from outbox.backend_status v join outbox.backends b on b.name = v.backend),
 g as materialized (select s.number, t.growth, t.seconds from s cross join lateral outbox.lag_trend(s.number, s.pending) t)
 select 'backend ' || s.backend, j.status,
     concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then rtrim(s.last_error, '.') end || '.',
@@ -123,7 +125,9 @@ from s
     left join g on g.number = s.number
     cross join lateral (select (s.oldest_pending_age > interval '1 min' or s.oldest_pending_age > interval '10 s' and g.growth > 0)
         and (s.max_rate is null or coalesce((select sum(c.events_per_second) from outbox.cursors c
-            where c.backend_number = s.number and clock_timestamp() - c.saved_at between interval '0' and interval '5 s'), 0) < 0.8 * s.max_rate) as is_late) t
+            where c.backend_number = s.number and clock_timestamp() - c.saved_at between interval '0' and interval '5 s'), 0) < 0.8 * s.max_rate) as is_late,
+        -- More than a burst, and more than the error of an estimate.
+        s.max_rate is not null and s.oldest_pending_age > interval '5 min' and g.growth > s.pending / 100 as is_outgrown) t
     cross join lateral (select (select c.last_hint from outbox.cursors c where c.backend_number = s.number and c.last_error = s.last_error
             order by c.last_error_at desc limit 1) as hint,
         outbox.worker_trouble() as trouble, case
@@ -134,12 +138,15 @@ from s
         else 'other' end as error) e
     cross join lateral (values
         ('idle', case when e.error = 'loss' then 'warn' else 'ok' end, 'All is sent.', case when e.error = 'loss' then e.hint end),
-        -- One that keeps to its pace is not ill, however much waits for that.
-        ('sending', case when e.trouble[1] = 'fail' or t.is_late or e.error = 'loss' then 'warn' else 'ok' end,
+        -- One that keeps to its pace is not ill, however much waits for that, unless it is more and more.
+        ('sending', case when e.trouble[1] = 'fail' or t.is_late or t.is_outgrown or e.error = 'loss' then 'warn' else 'ok' end,
             case when e.trouble[1] = 'fail' then 'The worker has trouble.'
                 when s.max_rate is null then 'Events are being sent.'
                 else format('Events are being sent, at most %s a second (max_rate).', s.max_rate) end,
-            case when e.trouble[1] = 'fail' then 'See the check "worker".' when e.error = 'loss' then e.hint when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
+            case when e.trouble[1] = 'fail' then 'See the check "worker".' when e.error = 'loss' then e.hint
+                when t.is_outgrown and not t.is_late then format('More is published than max_rate lets through. To send faster, run UPDATE outbox.backends SET max_rate = %s WHERE name = %L;',
+                    least(2 * s.max_rate::bigint, 2147483647), s.backend)
+                when t.is_late then 'If the lag grows, Redis or the network is slower than the publishers: look at SLOWLOG GET in Redis.' end),
         ('paused', 'warn', 'It is paused: events wait.', format('Run UPDATE outbox.backends SET enabled = true WHERE name = %L;', s.backend)),
         ('stopped', 'fail', 'This database has no worker: nothing is sent.', 'See the check "worker".'),
         ('copy', 'fail', 'This database is a copy of another one: events that are published here wait.',
@@ -152,8 +159,9 @@ from s
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
                     || case when s.username is not null then format(' If that user is wrong, correct it: UPDATE outbox.backends SET username = ... WHERE name = %L;', s.backend) else '' end
                 when 'rights' then format('In Redis: ACL SETUSER %s ~%s ~outbox_relay:guard:* +@connection +xadd +xrevrange +xinfo|stream +watch +unwatch +multi +exec +discard +hset +hgetall +hmget +wait%s (with ~ for each further stream, too). SELECT outbox.wake(); tries at once.',
-                    coalesce(s.username, 'default'), coalesce(s.own_stream, outbox.common_stream()),
-                    case when s.trim = 'read' then ' +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval' end)
+                    coalesce(s.username, 'default'), s.streams,
+                    concat(case when s.trim = 'read' then ' +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval' end,
+                        case when s.mode = 'cluster' then ' +cluster|slots' end))
                 else concat_ws(' ', e.hint, case when e.hint is null or e.hint like '%backend%' then
                         format('Correct its row: UPDATE outbox.backends SET ... WHERE name = %L;', s.backend) end,
                     'SELECT outbox.wake(); tries at once.') end),
@@ -248,6 +256,15 @@ waiting as (
     from (select * from outbox.refused_events r where r.accepted_in is null limit 10000) r join outbox.backends b on b.number = r.backend_number
     group by b.name
 ),
+-- Of another server, brought by a subscription.
+held as (
+    select h.backend, count(*) as count, exists (select from outbox.backends b where b.name = h.backend) as is_here
+    from (select e.backend from outbox.held_events e limit 10000) h group by h.backend
+    union all
+    select s.backend, count(*), exists (select from outbox.backends b where b.name = s.backend)
+    from (select e.backend from outbox.held_scheduled h join outbox.scheduled_events e on e.event_id = h.event_id and e.branch = h.branch limit 10000) s
+    group by s.backend
+),
 failed as (select count(*) as count, max(f.failed_at) as last from (select f.failed_at from outbox.failed_events f order by f.failed_at desc limit 10000) f),
 inbox as (
     select (select min(i.consumed_at) from outbox.inbox i) as oldest,
@@ -259,17 +276,24 @@ dead as (
         ('outbox.refused_events'), ('outbox.failed_events'), ('outbox.cursors'), ('outbox.ticks'), ('outbox.inbox'), ('outbox.consumer_groups')) r (relid)) t
     where t.n_dead_tup > 100000 and t.n_dead_tup > pg_stat_get_live_tuples(t.relid)
 ),
--- What the dead rows are kept for.
+-- What the dead rows are kept for. Transactions of other databases keep none here.
 horizon as (
-    select h.words from (
-        select age(a.backend_xmin) as age, format('process %s, whose transaction is open since %s', a.pid, a.xact_start) as words
+    select h.words, h.cure from (
+        select age(a.backend_xmin) as age, format('process %s, whose transaction is open since %s', a.pid, a.xact_start) as words,
+            format('If that session is not in use, run SELECT pg_terminate_backend(%s, 5000);', a.pid) as cure
         from pg_stat_activity a where a.backend_xmin is not null and a.pid <> pg_backend_pid() and a.xact_start < clock_timestamp() - old
+            and a.datname = current_database()
         union all
-        select age(x.transaction), format('the prepared transaction %L', x.gid) from pg_prepared_xacts x where x.prepared < clock_timestamp() - old
+        select age(x.transaction), format('the prepared transaction %L', x.gid), format('Run COMMIT PREPARED %L; or ROLLBACK PREPARED %L; Then run', x.gid, x.gid)
+        from pg_prepared_xacts x where x.prepared < clock_timestamp() - old and x.database = current_database()
         union all
-        select age(r.xmin), format('the replication slot "%s"', r.slot_name) from pg_replication_slots r where r.xmin is not null
+        select age(r.xmin), format('the replication slot "%s"', r.slot_name),
+            case when r.active then 'End what its standby reads for long, or switch hot_standby_feedback off there; then run'
+                else format('If nobody needs that slot, run SELECT pg_drop_replication_slot(%L);', r.slot_name) end
+        from pg_replication_slots r where r.xmin is not null
         union all
-        select age(w.backend_xmin), format('the standby of process %s', w.pid) from pg_stat_replication w where w.backend_xmin is not null
+        select age(w.backend_xmin), format('the standby of process %s', w.pid), 'End what that standby reads for long, or switch hot_standby_feedback off there; then run'
+        from pg_stat_replication w where w.backend_xmin is not null
     ) h where exists (select from dead) order by h.age desc limit 1
 )
 select 'open transactions', case when count(o) > 0 then 'warn' else 'ok' end,
@@ -295,6 +319,17 @@ select 'failed events', case when f.count > 0 then 'warn' else 'ok' end,
     case when f.count > 0 then coalesce((select outbox.error_hint(e.last_error) || ' ' from outbox.failed_events e order by e.failed_at desc limit 1), '') || 'Look at outbox.failed_events, mend what last_error says, and run SELECT outbox.retry_failed();' end
 from failed f
 union all
+select 'held events', case when count(h) > 0 and not s.is_subscribed then 'warn' else 'ok' end,
+    case
+        when count(h) = 0 then 'No events of another server are held.'
+        when s.is_subscribed then format('%s events of another server are held, which has not sent them as far as its subscription says.', sum(h.count))
+        else format('%s events of another server are held, and no subscription says what became of them.', sum(h.count)) end,
+    case when count(h) > 0 and not s.is_subscribed then 'If that server sends nothing any more, run '
+        || string_agg(distinct case when not h.is_here then format('INSERT INTO outbox.backends (name) VALUES (%L); ', h.backend) else '' end
+            || format('SELECT outbox.take_over(%L);', h.backend), ' ') end
+from (select exists (select from pg_subscription_rel r where r.srrelid = 'outbox.events'::regclass) as is_subscribed) s left join held h on true
+group by s.is_subscribed
+union all
 select 'retention', case when is_late then 'warn' else 'ok' end,
     case
         when r.oldest is null then 'No events are kept.'
@@ -317,11 +352,30 @@ select 'bloat', case when count(d) > 0 then 'warn' else 'ok' end,
     coalesce(string_agg(format('%s has %s dead rows beside %s live ones.', d.relid::regclass, d.n_dead_tup, d.n_live_tup), ' ')
             || coalesce((select format(' VACUUM cannot remove what %s may still see.', h.words) from horizon h), ''),
         'No table has more dead rows than live ones.'),
-    string_agg(format('Run VACUUM %s;', d.relid::regclass), ' ')
+    case when count(d) > 0 then concat_ws(' ', coalesce((select h.cure from horizon h), 'Run'), string_agg(format('VACUUM %s;', d.relid::regclass), ' ')) end
 from dead d;
 end
 $$;
 comment on function outbox.event_health(interval) is 'Part of outbox.health(): what delays events, and what keeps them for too long.';
+
+create function outbox.as_possible_here(hint text) returns text
+    language sql stable strict set search_path = pg_catalog, pg_temp
+    as $$
+select case
+    when hint not like '%ALTER SYSTEM%' then hint
+    when current_setting('allow_alter_system', true) = 'off'
+        then 'ALTER SYSTEM is switched off here: make this change where the configuration of this server is kept. ' || hint
+    when exists (select from regexp_matches(hint, 'ALTER SYSTEM (?:RE)?SET ([a-z_.]+)', 'g') m (words)
+            join pg_settings s on s.name = m.words[1] and s.source = 'command line')
+        then 'The command line that starts the server (-c) sets this, whatever ALTER SYSTEM says: change it there, and restart the server. Otherwise: ' || hint
+    else hint end
+$$;
+comment on function outbox.as_possible_here(text) is 'Part of outbox.health(): a hint, with what to do if ALTER SYSTEM has no effect on this server.';
+
+create function outbox.permit_views() returns void
+    language c volatile
+    as 'MODULE_PATHNAME', 'permit_views_wrapper';
+comment on function outbox.permit_views() is 'Part of outbox.health(): lets the function that calls it read views until it ends, also in a session that may read none (restrict_nonsystem_relation_kind, which programs like pg_dump set).';
 
 create function outbox.health(old interval default '10 min', out "check" text, out status text, out detail text, out hint text) returns setof record
     -- A session that has locked a table shall be named, not waited for. Definitions are compared as Postgres writes
@@ -341,14 +395,17 @@ begin
             from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'outbox_relay';
         return;
     end if;
+    if to_regprocedure('outbox.permit_views()') is not null then
+        perform outbox.permit_views();
+    end if;
     -- Whatever somebody has changed: where one part cannot look, the others do.
     foreach part in array '{worker,function,object,setting,backend,route,event,consumer}'::text[] loop
         begin
             case part
-                when 'worker' then return query select * from outbox.worker_health();
+                when 'worker' then return query select h."check", h.status, h.detail, outbox.as_possible_here(h.hint) from outbox.worker_health() h;
                 when 'function' then return query select * from outbox.function_health();
                 when 'object' then return query select * from outbox.object_health();
-                when 'setting' then return query select * from outbox.setting_health();
+                when 'setting' then return query select h."check", h.status, h.detail, outbox.as_possible_here(h.hint) from outbox.setting_health() h;
                 when 'backend' then return query select * from outbox.backend_health();
                 when 'route' then return query select * from outbox.route_health();
                 when 'event' then return query select * from outbox.event_health(old);
@@ -359,10 +416,15 @@ begin
                 -- The checks that need the table are left out.
                 locked_since := '0';
                 exit;
+            when transaction_rollback then
+                -- Whoever asks has to begin the transaction anew, and then gets an answer.
+                raise;
             when others then
                 get stacked diagnostics help = pg_exception_hint;
                 return query select part || 's', 'fail', format('This cannot be looked at: %s.', sqlerrm),
-                    coalesce(case when sqlstate = '55000' then nullif(help, '') end, 'Something of the extension was changed: see the checks "functions", "tables" and "columns".');
+                    coalesce(case when sqlstate = '55000' then nullif(help, '') end,
+                        case when sqlstate like '42%' then 'Something of the extension was changed: see the checks "functions", "tables" and "columns".'
+                            else 'It may be due to a setting of this session: SELECT name, setting, source FROM pg_settings WHERE source IN (''client'', ''session'', ''user'', ''database'', ''database user''); Otherwise see the server''s log.' end);
         end;
     end loop;
     return query select * from outbox.lock_health(locked_since);

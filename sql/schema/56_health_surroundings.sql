@@ -68,7 +68,7 @@ begin
 with
 -- The setting of this session, and those of roles and databases. ('' means unset: outbox.backends decides.)
 named as (
-    select current_setting('outbox_relay.default_backend', true) as backend, 'outbox_relay.default_backend' as what, 'SYSTEM' as of, 1 as n
+    select current_setting('outbox_relay.default_backend', true) as backend, 'outbox_relay.default_backend' as what, null as of, 1 as n
     union all
     select substr(s.setting, strpos(s.setting, '=') + 1),
         concat_ws(' ', 'outbox_relay.default_backend of', 'role ' || quote_ident(r.rolname), 'in', 'database ' || quote_ident(d.datname)),
@@ -104,10 +104,18 @@ contrary as (
 select 'default backend', case when count(w) > 0 then 'fail' else 'ok' end,
     coalesce(string_agg(distinct format('%s is "%s", but there is no such backend: publishing without a backend fails.', w.what, w.backend), ' '),
         'The default backend exists.'),
-    'Run ' || string_agg(distinct case
+    case when count(w) > 0 then coalesce('Run ' || string_agg(distinct case
         -- Resetting it would lead to a backend that is missing, too.
         when not exists (select from outbox.backends b where b.name = 'default') then format('INSERT INTO outbox.backends (name) VALUES (%L);', w.backend)
-        else format('ALTER %s RESET outbox_relay.default_backend;%s', w.of, case w.n when 1 then ' SELECT pg_reload_conf();' end) end, ' ')
+        when w.n = 2 then format('ALTER %s RESET outbox_relay.default_backend;', w.of)
+        else (select case
+                when p.source = 'session' then 'RESET outbox_relay.default_backend;'
+                when p.source = 'client' then 'SET outbox_relay.default_backend = ''default'';'
+                -- That of its role or database has a cure of its own.
+                when p.source not in ('user', 'database', 'database user')
+                    then 'ALTER SYSTEM RESET outbox_relay.default_backend; SELECT pg_reload_conf();' end
+            from pg_settings p where p.name = 'outbox_relay.default_backend') end, ' '),
+        'Connect anew: the setting was changed since this session began.') end
 from wrong w
 union all
 select 'shared streams', case when count(c) > 0 then 'warn' else 'ok' end,

@@ -95,7 +95,8 @@ ours(name) as (values
     ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'),
     ('consumer_grants'), ('consumer_groups'), ('events_seq_seq')),
 there as (
-    select o.name, c.oid, c.relkind, c.relowner, c.relpersistence, c.relrowsecurity, c.relhasrules, c.relreplident
+    select o.name, c.oid, c.relkind, c.relowner, c.relpersistence, c.relrowsecurity, c.relhasrules, c.relreplident,
+        c.reltoastrelid
     from ours o left join pg_class c on c.relname = o.name and c.relnamespace = 'outbox'::regnamespace
         and c.relkind in ('r', 'p', 'S')
 ),
@@ -221,11 +222,22 @@ faults(what, fault, cure) as (
     where t.name in ('events', 'scheduled_events', 'failed_events', 'cursors')
         and not exists (select from made m where m.oid = t.oid and m.kind = 'unique' and m.value = i.indkey::text)
     union all
+    -- The worker and our functions delete rows without its triggers.
+    select distinct 'constraints',
+        format('%s has the foreign key "%s" on outbox.%s, which is not heeded when rows of that table are deleted.',
+            c.conrelid::regclass, c.conname, t.name),
+        format('Run ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname)
+    from there t join pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = t.oid
+            and d.classid = 'pg_constraint'::regclass
+        join pg_constraint c on c.oid = d.objid and c.contype = 'f' and c.confrelid = t.oid and c.conparentid = 0
+    where c.conrelid not in (select o.oid from there o where o.oid is not null)
+    union all
     select 'indexes', format('%s is not valid.', i.indexrelid::regclass),
         -- REINDEX CONCURRENTLY leaves such an index when it is interrupted.
         format(case when x.relname ~ '_cc(new|old)[0-9]*$' then 'Run DROP INDEX CONCURRENTLY %s;'
             else 'Run REINDEX INDEX CONCURRENTLY %s;' end, i.indexrelid::regclass)
-    from there t join pg_index i on i.indrelid = t.oid join pg_class x on x.oid = i.indexrelid
+    from there t cross join lateral (values (t.oid), (t.reltoastrelid)) r (oid)
+        join pg_index i on i.indrelid = r.oid join pg_class x on x.oid = i.indexrelid
         where not i.indisvalid or not i.indisready
     union all
     select 'indexes', format('outbox.events has no index on (%s).', w.columns), w.cure

@@ -104,6 +104,7 @@ begin
         raise exception using errcode = 'null_value_not_allowed', message = 'event_id and timeout must not be null',
             hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
     end if;
+    perform outbox.permit_views();
     -- The caller's role, not the owner's, with whose rights this runs.
     return outbox.wait_for(null, event_id, (select r.oid from pg_roles r where r.rolname = coalesce(nullif(current_setting('role'), 'none'), session_user)),
         extract(epoch from timeout)::double precision);

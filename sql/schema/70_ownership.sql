@@ -8,7 +8,8 @@ declare
 begin
     select * into found_backend from outbox.backends b where b.name = expect_backend.name;
     if not found then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name);
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name),
+            hint = 'Names of backends are in outbox.backends.';
     end if;
     return found_backend;
 end

@@ -353,6 +353,22 @@ pub(crate) unsafe fn set_for_now(
     unsafe { pg_sys::set_config_option(name.as_ptr(), value.as_ptr(), context, source, action, true, 0, false) };
 }
 
+/// How long a setting lasts that one of our functions changes for the function that called it: until that one ends, if
+/// it has a SET clause; otherwise until the transaction or savepoint ends.
+pub(crate) fn until_the_caller_ends() -> pg_sys::GucAction::Type {
+    // SAFETY: within a transaction. A level that nothing was set in ends with nothing to restore.
+    let is_at_the_transactions_level = unsafe {
+        let next = pg_sys::NewGUCNestLevel();
+        pg_sys::AtEOXact_GUC(true, next);
+        next == pg_sys::GetCurrentTransactionNestLevel() + 1
+    };
+    // Postgres asserts that nothing is saved where it was SET before, as it may be where no function was called.
+    match is_at_the_transactions_level {
+        true => pg_sys::GucAction::GUC_ACTION_LOCAL,
+        false => pg_sys::GucAction::GUC_ACTION_SAVE,
+    }
+}
+
 /// Whether the whole server is being shut down, and not only this process. The postmaster writes this into its lock
 /// file before it signals anybody.
 pub(crate) fn is_server_stopping() -> bool {

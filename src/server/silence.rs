@@ -11,7 +11,7 @@
 //! changed the role meanwhile, it is what Postgres would restore, which leaves the plans alone. If somebody has,
 //! [`assign`] leaves it as it is, and Postgres restores it or, after a SET without LOCAL, keeps it.
 
-use crate::server::process::set_for_now;
+use crate::server::process::{self, set_for_now};
 use crate::server::ruled_plans;
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys;
@@ -58,25 +58,11 @@ pub(crate) fn begin() {
         true => c"local",
         false => c"origin",
     };
-    // Postgres asserts that nothing is saved where it was SET before, as it may be where no function was called.
-    let action = match is_at_the_transactions_level() {
-        true => pg_sys::GucAction::GUC_ACTION_LOCAL,
-        false => pg_sys::GucAction::GUC_ACTION_SAVE,
-    };
+    let action = process::until_the_caller_ends();
     // SAFETY: within a transaction; the settings exist, and take these values.
     unsafe {
         set_for_now(c"session_replication_role", same, pg_sys::GucContext::PGC_SUSET, action);
         set_for_now(NAME, c"on", pg_sys::GucContext::PGC_INTERNAL, action);
-    }
-}
-
-/// Whether settings would last until the transaction or savepoint ends.
-fn is_at_the_transactions_level() -> bool {
-    // SAFETY: within a transaction. A level that nothing was set in ends with nothing to restore.
-    unsafe {
-        let next = pg_sys::NewGUCNestLevel();
-        pg_sys::AtEOXact_GUC(true, next);
-        next == pg_sys::GetCurrentTransactionNestLevel() + 1
     }
 }
 

@@ -256,3 +256,65 @@ fn tls_settings_that_do_not_match_are_named_with_their_remedy() {
     wait_well(&stack.pg, "backend default");
     wait_eq("all events", 4, || types(&stack.events()).len());
 }
+
+/// Its hint, executed in Redis, gives the user all that the backend needs.
+#[test]
+fn the_rights_in_the_hint_are_enough() {
+    let stack = quick();
+    stack
+        .redis
+        .call(&["ACL", "SETUSER", "relay", "on", ">secret", "resetkeys", "-@all"]);
+    stack.pg.exec(
+        "update outbox.backends set username = 'relay', stream_name = 'orders.{event_type}', trim = 'read', wait_replicas = 0;
+         select outbox.set_backend_password('default', 'secret')",
+    );
+    stack.publish("paid");
+    let ill = wait_ill(&stack.pg, "backend default", "NOPERM");
+    let command = hint(&ill).strip_prefix("In Redis: ").expect("a command");
+    let (command, _) = command.split_once(" (with ").expect("what to do besides");
+    assert!(command.contains(" ~orders.* "), "{command}");
+    stack.redis.call(&command.split(' ').collect::<Vec<_>>());
+    stack.pg.exec("select outbox.wake()");
+    stack.redis.wait_entries("orders.paid", 1);
+    wait_well(&stack.pg, "backend default");
+}
+
+/// After a subscription has ended, nobody sends what it has brought.
+#[test]
+fn events_of_another_server_that_nobody_takes_over_are_named() {
+    let old = Stack::of(Postgres::with(QUICK).with(&[("wal_level", "logical")]), Redis::start());
+    old.pg.exec(
+        "update outbox.backends set enabled = false; insert into outbox.backends (name, enabled) values ('more', false);
+         create publication move for table outbox.events, outbox.scheduled_events, outbox.failed_events,
+            outbox.refused_events, outbox.cursors",
+    );
+    let new = quick();
+    let (host, port) = (old.pg.host().display(), old.pg.port());
+    new.pg.exec(&format!(
+        "create subscription move connection 'host={host} port={port} dbname=postgres user=postgres' publication move"
+    ));
+    old.publish("one");
+    old.pg.exec(
+        "select outbox.publish_event('two', 'kit', backend => 'more');
+         select outbox.publish_event('later', 'kit', scheduled_at => now() + interval '1 day')",
+    );
+    wait_eq(
+        "held events",
+        "3 events of another server are held, which has not sent them as far as its subscription says.".to_owned(),
+        || check(&health(&new.pg), "held events").detail,
+    );
+    wait_well(&new.pg, "held events");
+    new.pg.exec("drop subscription move");
+    let ill = wait_ill(
+        &new.pg,
+        "held events",
+        "3 events of another server are held, and no subscription",
+    );
+    follow(&new.pg, "postgres", &ill);
+    wait_well(&new.pg, "held events");
+    new.wait_events(1);
+    let scheduled: i64 = new
+        .pg
+        .one("select count(*) from outbox.scheduled_events where scheduled_at < now() + interval '2 days'");
+    assert_eq!(scheduled, 1);
+}

@@ -1,7 +1,7 @@
 //! `outbox.health()`: what somebody has changed of the extension's tables is named, and the hint, executed as it
 //! stands, mends it.
 
-use kit::{Stack, wait_drained, wait_until};
+use kit::{Refused, Stack, wait_drained, wait_until};
 
 use crate::health::{check, follow, health, quick, wait_ill, wait_well};
 
@@ -72,6 +72,11 @@ fn constraints_indexes_rules_and_policies_are_named() {
             "outbox.events_created_at_idx_ccnew is not valid.",
         ),
         (
+            "create table public.reference (seq bigint references outbox.events on delete cascade)",
+            "constraints",
+            "public.reference has the foreign key \"reference_seq_fkey\" on outbox.events",
+        ),
+        (
             "alter table outbox.backends drop constraint backends_port_check",
             "constraints",
             "outbox.backends has no constraint \"backends_port_check\".",
@@ -130,6 +135,29 @@ fn constraints_indexes_rules_and_policies_are_named() {
     ] {
         break_and_mend(&stack, breakage);
     }
+}
+
+/// It leaves indexes that are not valid, also of the TOAST table.
+#[test]
+fn what_an_interrupted_reindex_leaves_is_named() {
+    let stack = quick();
+    let mut writer = stack.pg.client();
+    writer
+        .batch_execute("begin; select outbox.publish_event('open', 'kit')")
+        .expect("it publishes");
+    let mut admin = stack.pg.client();
+    admin.batch_execute("set statement_timeout = '1s'").expect("it is set");
+    let interrupted = Refused::of(admin.batch_execute("reindex table concurrently outbox.events"));
+    assert_eq!(interrupted.code, "57014", "{interrupted:?}");
+    writer.batch_execute("commit").expect("it commits");
+    for index in ["outbox.events_xid_idx_ccnew", "pg_toast.pg_toast_"] {
+        let ill = check(&health(&stack.pg), "indexes");
+        assert!(ill.status == "fail" && ill.detail.contains(index), "{ill:?}");
+    }
+    follow(&stack.pg, "postgres", &check(&health(&stack.pg), "indexes"));
+    wait_well(&stack.pg, "indexes");
+    stack.publish("more");
+    wait_drained(&stack.pg, "default");
 }
 
 #[test]

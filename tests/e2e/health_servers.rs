@@ -1,10 +1,10 @@
 //! `outbox.health()`: settings and states of the server that keep events back. The hint, executed as it stands, mends
 //! it.
 
-use kit::{Postgres, QUICK, Redis, Stack, wait_drained};
+use kit::{Postgres, QUICK, Redis, Stack, eventually, wait_drained, wait_eq, wait_until};
 use std::io::Write;
 
-use crate::health::{follow, quick, wait_ill, wait_well};
+use crate::health::{Check, NAMED_WITHIN, check, follow, health_of, quick, wait_ill, wait_well};
 
 #[test]
 fn settings_that_make_sessions_read_only_are_named() {
@@ -142,4 +142,128 @@ fn a_role_without_memory_is_told_all_the_same() {
     // That it can fail:
     stack.pg.exec("alter function outbox.health(interval) reset work_mem");
     assert!(faults().is_some_and(|faults| faults.contains("temp_file_limit")));
+}
+
+/// What VACUUM cannot remove is kept for somebody, who is named; transactions of other databases keep nothing here.
+#[test]
+fn dead_rows_are_named_with_what_keeps_them() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("max_prepared_transactions", "5"), ("autovacuum", "off")]),
+        Redis::start(),
+    );
+    stack.pg.exec("create database other");
+    stack
+        .pg
+        .exec_db("other", "begin; create table t (); prepare transaction 'elsewhere'");
+    let fill =
+        "insert into outbox.inbox (consumer, event_id) select 'c', gen_random_uuid() from generate_series(1, 110000)";
+    stack.pg.exec(fill);
+    let old = || check(&health_of(&stack.pg, "postgres", "1 ms"), "bloat");
+    let dead = || {
+        eventually("dead rows to be named", NAMED_WITHIN, || {
+            Some(old()).filter(|found| found.status == "warn")
+        })
+    };
+    let mended = |ill: &Check| {
+        follow(&stack.pg, "postgres", ill);
+        wait_eq("bloat", "ok".to_owned(), || old().status);
+        stack.pg.exec(fill);
+    };
+    // Kept for nobody.
+    stack.pg.exec("delete from outbox.inbox");
+    let ill = dead();
+    assert!(!ill.detail.contains("may still see"), "{ill:?}");
+    assert_eq!(ill.hint.as_deref(), Some("Run VACUUM outbox.inbox;"));
+    mended(&ill);
+    // For a session.
+    let mut reader = stack.pg.client();
+    reader
+        .batch_execute("begin isolation level repeatable read; select from outbox.inbox limit 1")
+        .expect("a snapshot");
+    stack.pg.exec("delete from outbox.inbox");
+    let ill = dead();
+    let pid: i32 = reader
+        .query_one("select pg_backend_pid()", &[])
+        .expect("its pid")
+        .get(0);
+    assert!(
+        ill.detail
+            .contains(&format!("process {pid}, whose transaction is open since")),
+        "{ill:?}"
+    );
+    mended(&ill);
+    // For a prepared transaction.
+    stack
+        .pg
+        .exec("begin; create table t (); prepare transaction 'here'; delete from outbox.inbox");
+    let ill = dead();
+    assert!(ill.detail.contains("the prepared transaction 'here'"), "{ill:?}");
+    let hint = ill.hint.clone().expect("a hint");
+    assert!(
+        hint.ends_with("ROLLBACK PREPARED 'here'; Then run VACUUM outbox.inbox;"),
+        "{hint}"
+    );
+    stack.pg.exec("rollback prepared 'here'");
+    mended(&dead());
+    // For a slot that nobody uses.
+    stack
+        .pg
+        .exec("select pg_create_physical_replication_slot('left', true)");
+    let standby = stack
+        .pg
+        .standby()
+        .with(&[
+            ("primary_slot_name", "left"),
+            ("hot_standby_feedback", "on"),
+            ("wal_receiver_status_interval", "1s"),
+        ])
+        .start();
+    wait_until("the slot to keep rows", || {
+        stack
+            .pg
+            .one("select xmin is not null from pg_replication_slots where slot_name = 'left'")
+    });
+    drop(standby);
+    wait_until("the slot to be free", || {
+        stack
+            .pg
+            .one("select not active from pg_replication_slots where slot_name = 'left'")
+    });
+    stack.pg.exec("delete from outbox.inbox");
+    let ill = dead();
+    assert!(ill.detail.contains("the replication slot \"left\""), "{ill:?}");
+    mended(&ill);
+}
+
+/// ALTER SYSTEM changes nothing that the command line says, as it does in many containers.
+#[test]
+fn a_hint_says_where_the_command_line_has_priority() {
+    let with = |name: &str, value: &str| {
+        let pg = Postgres::with(QUICK).argument(name, value).start();
+        pg.extension();
+        pg
+    };
+    let pg = with("outbox_relay.enabled", "off");
+    let ill = wait_ill(&pg, "worker", "outbox_relay.enabled is off");
+    let hint = ill.hint.expect("a hint");
+    assert!(
+        hint.starts_with("The command line that starts the server (-c) sets this"),
+        "{hint}"
+    );
+    let pg = with("autovacuum", "off");
+    let ill = wait_ill(&pg, "autovacuum", "autovacuum is off");
+    let hint = ill.hint.expect("a hint");
+    assert!(
+        hint.contains("change it there, and restart the server. Otherwise: Run ALTER SYSTEM SET autovacuum = on;"),
+        "{hint}"
+    );
+    if pg.one::<i64>("select count(*) from pg_settings where name = 'allow_alter_system'") == 1 {
+        pg.configure(&[("allow_alter_system", "off"), ("default_transaction_read_only", "on")]);
+        pg.reload();
+        let ill = wait_ill(&pg, "read-only sessions", "is on");
+        assert!(
+            ill.hint
+                .is_some_and(|hint| hint.starts_with("ALTER SYSTEM is switched off here"))
+        );
+    }
 }

@@ -273,13 +273,30 @@ fn settings_of_a_database_or_a_role_do_not_stop_its_relay() {
         15 => "force_parallel_mode = on",
         _ => "debug_parallel_query = on",
     };
-    let groups: [&[&str]; 3] = [
+    // Those that not all releases have.
+    let later = [
+        ("restrict_nonsystem_relation_kind", "'view, foreign-table'"),
+        ("transaction_timeout", "'5ms'"),
+        ("event_triggers", "off"),
+    ];
+    let exists = |name: &str| pg.one::<i64>(&format!("select count(*) from pg_settings where name = '{name}'")) == 1;
+    let later: Vec<String> = later
+        .iter()
+        .filter(|(name, _)| exists(name))
+        .map(|(name, value)| format!("{name} = {value}"))
+        .collect();
+    let later: Vec<&str> = later.iter().map(String::as_str).collect();
+    let groups: [&[&str]; 4] = [
         &["session_authorization = 'nobody'"],
         &["role = 'nobody'", "search_path = 'nowhere'", "row_security = off"],
+        &later,
         &[
             "statement_timeout = '1ms'",
+            "lock_timeout = '1ms'",
+            "idle_in_transaction_session_timeout = '1ms'",
             "default_transaction_read_only = on",
             "default_transaction_isolation = 'serializable'",
+            "default_transaction_deferrable = on",
             "session_replication_role = 'local'",
             "standard_conforming_strings = off",
             "datestyle = 'German'",

@@ -47,6 +47,7 @@ mod guest;
 mod guest_idle;
 mod healing;
 mod health;
+mod health_callers;
 mod health_causes;
 mod health_objects;
 mod health_servers;

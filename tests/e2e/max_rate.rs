@@ -1,10 +1,12 @@
 //! `max_rate`: a backlog drains in order at the rate of its backend, and the backend counts as healthy.
 
 use kit::{
-    Cluster, Postgres, QUICK, Redis, Refused, Stack, UNTRIMMED, ids, publish_many, standing, wait_drained, wait_eq,
-    wait_until,
+    Cluster, Postgres, QUICK, Redis, Refused, Stack, UNTRIMMED, eventually, ids, publish_many, standing, wait_drained,
+    wait_eq, wait_until,
 };
 use std::time::{Duration, Instant};
+
+use crate::health::{check, follow};
 
 fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK).with(&[UNTRIMMED]), Redis::start())
@@ -186,4 +188,35 @@ fn the_lanes_of_a_cluster_share_it() {
         "400 events at 100 a second took {took:?}"
     );
     wait_drained(&stack.pg, "default");
+}
+
+/// That it keeps to its pace is no comfort where more and more wait, and have waited for long.
+#[test]
+fn a_pace_that_publishers_exceed_for_long_is_named() {
+    let stack = stack();
+    pace(&stack, "50");
+    // As if it had been so for a while.
+    let publish = || {
+        stack.pg.exec(
+            "insert into outbox.events (event_type, source, created_at)
+                select 'event', 'kit', now() - interval '10 min' from generate_series(1, 200)",
+        );
+    };
+    publish();
+    let ill = eventually("the pace to be named", Duration::from_secs(30), || {
+        publish();
+        std::thread::sleep(Duration::from_millis(1_000));
+        let found = check(&crate::health::health(&stack.pg), "backend default");
+        found
+            .hint
+            .as_deref()
+            .is_some_and(|hint| hint.contains("max_rate"))
+            .then_some(found)
+    });
+    assert!(ill.detail.contains("The lag grows"), "{ill:?}");
+    follow(&stack.pg, "postgres", &ill);
+    assert_eq!(stack.pg.one::<i32>("select max_rate from outbox.backends"), 100);
+    // A backlog that becomes smaller is fine, however old it is.
+    pace(&stack, "400");
+    wait_eq("its status", "ok".to_owned(), || health(&stack).0);
 }

@@ -55,6 +55,8 @@ pub struct Postgres {
     bin: PathBuf,
     env: Vec<(String, String)>,
     mounts: Vec<(PathBuf, String)>,
+    /// Further arguments of its command line.
+    arguments: Vec<String>,
     data: PathBuf,
     /// The port on 127.0.0.1, if it listens there.
     port: Option<TakenPort>,
@@ -266,6 +268,7 @@ impl Postgres {
         let child = env::mounted_command(&self.bin.join("postgres"), &self.mounts)
             .arg("-D")
             .arg(&self.data)
+            .args(&self.arguments)
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("cannot duplicate the log's handle"))

@@ -39,6 +39,7 @@ pub struct Builder {
     settings: Vec<(String, String)>,
     env: Vec<(String, String)>,
     mounts: Vec<(PathBuf, String)>,
+    arguments: Vec<String>,
     has_tcp: bool,
     origin: Origin,
 }
@@ -50,6 +51,7 @@ impl Builder {
             settings: Vec::new(),
             env: Vec::new(),
             mounts: Vec::new(),
+            arguments: Vec::new(),
             has_tcp: false,
             origin,
         }
@@ -74,6 +76,12 @@ impl Builder {
                 .iter()
                 .map(|(name, value)| (name.to_string(), value.to_string())),
         );
+        self
+    }
+
+    /// With this setting on the command line, where it has priority over all files.
+    pub fn argument(mut self, name: &str, value: &str) -> Self {
+        self.arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
         self
     }
 
@@ -116,6 +124,7 @@ impl Builder {
             bin: self.bin,
             env: self.env,
             mounts: self.mounts,
+            arguments: self.arguments,
             data,
             port: self.has_tcp.then(TakenPort::any),
             dir,
