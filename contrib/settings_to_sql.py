@@ -280,8 +280,10 @@ def plain_yaml(text):
         text = re.sub(r"(^|\s)#.*$", "", text).strip()
         if text[:1] in ("[", "{"):
             return flow(number, text)
-        if text[:1] in ("&", "*", "!", "@", "`", ">"):
-            fail(number, f"{text[0]} is not supported")
+        if text[:1] in ("&", "*", "!", "@", "`", ">", "|", "%", "?") or text == "-" or text.startswith("- "):
+            fail(number, f"{text[0]} is not supported here")
+        if re.search(r":(\s|$)", text):
+            fail(number, "this part of YAML is not supported")
         if text in ("", "null", "~"):
             return None
         if text in ("true", "false"):

@@ -142,6 +142,8 @@ fn sinks_of_sequin_become_sql_that_runs() {
         "sinks:\n  - a\n c: 1",
         "sinks: [1",
         "sinks: {a: 1}",
+        "sinks:\n  - name: a\n    actions:\n      - - insert",
+        "sinks:\n  - na\"me: a",
         "nothing",
     ] {
         let said = convert(&["sequin", "-"], unknown, &variables).expect_err("it is refused");
