@@ -34,6 +34,9 @@ begin
     end if;
     perform outbox.silence_triggers();
     for i in 1..40 loop
+        -- First, as retry_failed() and discard_failed() do, which then delete rows of outbox.events: in another order,
+        -- this would be a deadlock.
+        perform from outbox.failed_events f where f.event_id = erase.event_id order by f.seq for update;
         if not outbox.waits(event_id) then
             update outbox.events e set data = null, subject = null, publisher_config = outbox.erased_config()
                 where e.event_id = erase.event_id

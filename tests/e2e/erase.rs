@@ -168,3 +168,30 @@ fn an_erased_event_is_not_taken_for_one_of_another_cluster() {
     wait_drained(&stack.pg, "default");
     assert_eq!(stack.events().len(), 6);
 }
+
+/// Whoever has locked a failed event is about to delete its row among the others.
+#[test]
+fn erasing_a_failed_event_waits_for_its_retry_without_a_deadlock() {
+    let stack = stack();
+    stack.fail("default", &["personal"]);
+    let id: Uuid = stack.pg.one("select event_id from outbox.failed_events");
+    stack.redis.call(&["DEL", "wrong"]);
+    let mut admin = stack.pg.client();
+    let mut retry = admin.transaction().expect("it begins");
+    retry
+        .batch_execute("select from outbox.failed_events for update")
+        .expect("the lock");
+    std::thread::scope(|scope| {
+        let erasing = scope.spawn(|| erase(&stack, id));
+        wait_eq("sessions that wait for the lock", 1, || {
+            stack.pg.one::<i64>(
+                "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%erase%'",
+            )
+        });
+        let retried = retry.query_one("select outbox.retry_failed()", &[]);
+        assert_eq!(retried.expect("no deadlock").get::<_, i64>(0), 1);
+        retry.commit().expect("it commits");
+        assert!(erasing.join().expect("it does not panic").expect("it was sent"));
+    });
+    assert_eq!(stack.redis.wait_entries("wrong", 1).len(), 1);
+}
