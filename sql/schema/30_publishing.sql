@@ -75,22 +75,10 @@ comment on function outbox.binary_data(bytea) is
 
 create function outbox.published_here(out event_id uuid, out event_type text, out source text, out subject text, out backend text, out stream text,
         out data jsonb) returns setof record
-    language sql volatile security definer set search_path = pg_catalog, pg_temp
-    as $$
-select p.event_id, p.event_type, p.source, p.subject, coalesce(b.name, p.backend),
-    coalesce(p.stream, b.own_stream, (select outbox.common_stream())), p.data::jsonb
-from (
-        select e.seq, e.event_id, e.event_type, e.source, e.subject, e.backend_number, e.backend, e.stream, e.data
-        from outbox.events e where e.xid = pg_current_xact_id_if_assigned()
-        union all
-        select s.seq, s.event_id, s.event_type, s.source, s.subject, s.backend_number, s.backend, s.stream, s.data
-        from outbox.scheduled_events s where s.xid = pg_current_xact_id_if_assigned()
-    ) p
-    left join outbox.backends b on b.number = p.backend_number
-order by p.seq
-$$;
+    language c volatile parallel unsafe
+    as 'MODULE_PATHNAME', 'published_here';
 comment on function outbox.published_here() is
-    'What the calling transaction has published so far, scheduled events too, in order, and nothing else. It is meant for tests that roll back.';
+    'What the calling transaction has published so far, scheduled events too, in order, and nothing else. It is meant for tests that roll back. Only events that were published with the rights of the calling role, or of a role that it is a member of: what a function with SECURITY DEFINER publishes, such as the trigger of an attached table, is shown to members of its owner, and to roles that may read outbox.events.';
 
 create function outbox.template_stream(event_type text, source text, subject text default null, backend text default null) returns text
     language c stable

@@ -5,11 +5,12 @@
 //! - [`role_name`] input of that type; [`stream_name`] which streams templates give; [`routes`] patterns and streams of
 //!   routes
 //! - [`acting`] what an administrator does; [`test_backend`] a question to the worker; [`waiting`] how a session waits
-//!   for it
+//!   for it; [`published_here`] what the transaction has published
 
 mod acting;
 mod health;
 mod meters;
+mod published_here;
 mod role_name;
 mod routes;
 pub(crate) mod status;

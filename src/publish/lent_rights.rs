@@ -3,7 +3,7 @@
 //!
 //! - A view or a rule lends the right of its owner to whoever uses it. A publisher whose events are limited cannot lend
 //!   its right in this way, because the limits would not hold. A function with SECURITY DEFINER can, because it runs as
-//!   its owner.
+//!   its owner. What is published so is shown by `outbox.published_here()` to members of the lender only.
 //! - An expression of the statement may change the role, or a cursor may be read on after SET ROLE.
 
 use crate::publish::refused_rights::INSERT;
@@ -11,7 +11,7 @@ use crate::server::error::raise;
 use crate::server::query_tree::{Rights, item, length};
 use crate::server::report;
 use crate::tables::catalog::{self, has_our_name};
-use crate::tables::publisher_limits;
+use crate::tables::{lent_numbers, publisher_limits};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::ffi::CStr;
@@ -49,7 +49,13 @@ fn may_begin(lender: Option<pg_sys::Oid>) -> bool {
         return true;
     }
     match lender {
-        Some(lender) => !publisher_limits::is_limited(lender),
+        Some(lender) => {
+            let may = !publisher_limits::is_limited(lender);
+            if may {
+                lent_numbers::note_lender(lender);
+            }
+            may
+        }
         None => {
             publisher_limits::note_insert();
             true

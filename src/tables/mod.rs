@@ -7,7 +7,8 @@
 //!   [`branches`] the rows of one event
 //! - [`row`], [`events`], [`whole_table`] reading rows without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] inserting rows; [`trusted`] rows that the trigger need not check
-//! - [`numbers`], [`sequence`] numbers that ascend; [`ticks`] snapshots, [`tick_columns`] as columns
+//! - [`numbers`], [`sequence`] numbers that ascend; [`lent_numbers`] those of events that were published with rights of
+//!   another role; [`ticks`] snapshots, [`tick_columns`] as columns
 //! - [`stream_names`] streams of events that name none; [`consumers`] what Redis reports about consumer groups
 //! - [`identity`] what guards record about this server; [`copies`] databases made from others; [`foreign`], [`applied`]
 //!   rows that came without our trigger, or through a subscription
@@ -27,6 +28,7 @@ pub(crate) mod found_row;
 pub(crate) mod identity;
 pub(crate) mod insertion;
 pub(crate) mod known_backends;
+pub(crate) mod lent_numbers;
 pub(crate) mod missing;
 pub(crate) mod numbers;
 pub(crate) mod options;

@@ -12,6 +12,7 @@ use crate::server::process::log;
 use crate::server::shmem;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::events::EventsTable;
+use crate::tables::lent_numbers;
 use crate::tables::row::{Row, attribute};
 use crate::tables::sequence;
 use crate::tables::whole_table::each_row;
@@ -43,15 +44,17 @@ pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
     let slot = slot().filter(|slot| slot.numbers.get().is_some());
     // There is one guard for all calls, because a guard costs as much as a call.
     // SAFETY: within a transaction that may write; locks are kept until its end. Nothing in it needs to be dropped.
-    let (xid, before, mut seq) = unsafe {
+    let (xid, before, mut seq, [current, session]) = unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            let roles = [hot::GetUserId(), hot::GetOuterUserId()];
             hot::lock(relations.events, relations.sequence);
             let xid = hot::GetTopFullTransactionId().value;
             let Some(slot) = slot else {
-                return (xid, None, 0);
+                return (xid, None, 0, roles);
             };
             let before = slot.numbers.get();
-            (xid, before, sequence::nextval_internal(relations.sequence, false))
+            let seq = sequence::nextval_internal(relations.sequence, false);
+            (xid, before, seq, roles)
         })
     };
     let before = before.unwrap_or_else(|| {
@@ -67,6 +70,7 @@ pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
         Some(slot) => slot.numbers.raise(seq),
         None => raise(relations, seq),
     }
+    lent_numbers::note(xid, seq, current, session);
     (xid, seq)
 }
 
@@ -74,13 +78,15 @@ pub(crate) fn draw_numbers(relations: &Relations) -> (u64, i64) {
 mod hot {
     use pgrx::pg_sys;
 
-    // SAFETY: the declarations of storage/lmgr.h and access/xact.h; called within a guard, because they may raise an
-    // ERROR.
+    // SAFETY: the declarations of storage/lmgr.h, access/xact.h and miscadmin.h; called within a guard, because they
+    // may raise an ERROR.
     unsafe extern "C-unwind" {
         fn LockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
         fn ConditionalLockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE) -> bool;
         fn UnlockRelationOid(relation: pg_sys::Oid, mode: pg_sys::LOCKMODE);
         pub(super) fn GetTopFullTransactionId() -> pg_sys::FullTransactionId;
+        pub(super) fn GetUserId() -> pg_sys::Oid;
+        pub(super) fn GetOuterUserId() -> pg_sys::Oid;
     }
 
     /// # Safety

@@ -105,3 +105,114 @@ fn a_role_that_is_changed_in_mid_statement_evades_no_limit() {
     stack.redis.wait_entries("of-others", statements.len());
     assert_eq!(stack.redis.xlen("of-others"), statements.len());
 }
+/// A role that may change a column of a table, and read none, does not read the table's rows as events.
+#[test]
+fn published_here_shows_nothing_that_other_roles_have_published() {
+    let (stack, mut app, mut nobody) = start("");
+    stack
+        .pg
+        .exec("select outbox.grant_publisher('nobody'); create role team; grant team to nobody; select outbox.grant_publisher('team')");
+    app.batch_execute(
+        "create table lent.orders (id integer primary key, secret text, n integer);
+         insert into lent.orders values (1, 'secret', 0);
+         select outbox.attach_table('lent.orders');
+         grant update (n) on lent.orders to nobody;
+         create function lent.audit() returns void language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+         begin
+             perform outbox.publish_event('audit', 'kit', '{\"secret\": 1}', subject => 'secret');
+             perform outbox.publish_event('audit', 'kit', '{\"secret\": 1}', scheduled_at => now() + interval '1 day');
+         end $$",
+    )
+    .expect("its own");
+    let here = |client: &mut Client| -> Vec<String> {
+        let rows = client.query("select event_type from outbox.published_here()", &[]);
+        rows.expect("it may ask").iter().map(|row| row.get(0)).collect()
+    };
+    nobody
+        .batch_execute(
+            "begin; update lent.orders set n = 1; select lent.audit(); select outbox.publish_event('own', 'kit');
+             set local role team; select outbox.publish_event('as team', 'kit'); reset role",
+        )
+        .expect("its rights");
+    assert_eq!(here(&mut nobody), ["own", "as team"]);
+    nobody.batch_execute("set local role team").expect("a member");
+    assert_eq!(here(&mut nobody), ["as team"]);
+    nobody.batch_execute("rollback").expect("an end");
+    // A superuser sees all.
+    let mut admin = stack.pg.client();
+    admin
+        .batch_execute("begin; update lent.orders set n = 1; select lent.audit()")
+        .expect("a superuser");
+    assert_eq!(
+        here(&mut admin),
+        ["lent.orders.update", "audit", "audit"].map(|t| t.trim_start_matches("lent."))
+    );
+}
+
+/// Whose rights publish an event decides who sees it: also by a rule, by a function that publishes failed events again,
+/// and in the other direction.
+#[test]
+fn published_here_shows_events_by_the_rights_that_published_them() {
+    let (stack, mut app, mut nobody) = start("");
+    stack.pg.exec(
+        "select outbox.grant_publisher('nobody'); grant execute on function outbox.retry_failed(text, text, uuid) to nobody;
+         insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, published_by, event_type, source, backend, data, attempts, last_error)
+             select 1, '3', now(), gen_random_uuid(), b.number, 'app'::regrole, 'failed', 's', b.name, '{\"secret\": 1}', 1, 'e' from outbox.backends b",
+    );
+    app.batch_execute(
+        "create table lent.ruled (secret text, n integer); insert into lent.ruled values ('secret', 0);
+         create rule publish as on update to lent.ruled do also
+             insert into outbox.events (event_type, source, data) values ('rule', 's', to_json(old));
+         grant update (n) on lent.ruled to nobody;
+         create table lent.attached (id integer); select outbox.attach_table('lent.attached', 'attached');
+         grant insert on lent.attached to nobody;
+         create function lent.here() returns text[] language sql security definer set search_path = pg_catalog, pg_temp
+             as $$ select array_agg(event_type) from outbox.published_here() $$",
+    )
+    .expect("its own");
+    let mut here = |statements: &str| -> Vec<String> {
+        nobody
+            .batch_execute(&format!("begin; {statements}"))
+            .unwrap_or_else(|error| panic!("{statements}: {error:?}"));
+        let rows = nobody.query("select event_type from outbox.published_here()", &[]);
+        let shown = rows.expect("it may ask").iter().map(|row| row.get(0)).collect();
+        nobody.batch_execute("rollback").expect("an end");
+        shown
+    };
+    let own = "select outbox.publish_event('own', 's')";
+    assert_eq!(here(&format!("{own}; update lent.ruled set n = 1")), ["own"]);
+    assert_eq!(here(&format!("{own}; select outbox.retry_failed()")), ["own"]);
+    // A savepoint that is rolled back, statements in one transaction, and numbers of further rows.
+    assert_eq!(
+        here(&format!(
+            "{own}; savepoint s; insert into lent.attached values (1); {own}; rollback to s; {own}; insert into lent.attached values (2);
+             insert into outbox.events (event_type, source) values ('inserted', 's')"
+        )),
+        ["own", "own", "inserted"]
+    );
+    // More changes between both than are noted one by one: nothing of others is shown.
+    let shown = here(
+        "do $$ begin for n in 1 .. 1500 loop
+             perform outbox.publish_event('own', 's'); insert into lent.attached values (n);
+         end loop; end $$",
+    );
+    assert!(
+        shown.len() >= 900 && shown.iter().all(|kind| kind == "own"),
+        "{}",
+        shown.len()
+    );
+    // In the next transaction as before.
+    assert_eq!(here(own), ["own"]);
+    // The code of the table's owner, which runs in the transactions of others, sees nothing of theirs.
+    let row = nobody.query_one(
+        "select lent.here() from (select outbox.publish_event('own', 's') offset 0) p",
+        &[],
+    );
+    assert_eq!(row.expect("it may call it").get::<_, Option<Vec<String>>>(0), None);
+    nobody
+        .batch_execute(&format!("begin; {own}; insert into lent.attached values (1)"))
+        .expect("its rights");
+    let row = nobody.query_one("select lent.here()", &[]).expect("it may call it");
+    assert_eq!(row.get::<_, Vec<String>>(0), ["attached.insert"]);
+    nobody.batch_execute("rollback").expect("an end");
+}

@@ -4,6 +4,7 @@
 use crate::server::error::raise;
 use crate::server::query_tree::{Rights, all_rights, item, length};
 use crate::server::report;
+use crate::tables::lent_numbers;
 use crate::tables::row::{EVENT_COLUMNS, attribute};
 use crate::tables::trusted::NewRow;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -153,7 +154,7 @@ impl Statement {
                     std::ptr::null_mut(),
                     0,
                 );
-                ExecutorStart(query, 0);
+                lent_numbers::without_lender(|| ExecutorStart(query, 0));
                 let forward = pg_sys::ScanDirection::ForwardScanDirection;
                 #[cfg(not(feature = "pg18"))]
                 ExecutorRun(query, forward, 0, true);
