@@ -5,7 +5,7 @@
 //!   wake the worker; [`object_access`] extension and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
-//!   unchanged
+//!   unchanged; [`reserve`] memory that they need
 //! - [`silence`] keeps the triggers of others from firing; [`ruled_plans`] knows which plans that would falsify
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`hooks`] Postgres's hooks, and what other libraries had put there; [`query_tree`] statements as hooks see them
@@ -31,6 +31,7 @@ pub(crate) mod query_tree;
 pub(crate) mod questions;
 pub(crate) mod random;
 pub(crate) mod report;
+pub(crate) mod reserve;
 pub(crate) mod ruled_plans;
 pub(crate) mod scoped;
 pub(crate) mod shared_text;

@@ -1,8 +1,8 @@
 //! Functions for a background process: signals, waiting, and transactions that can fail without ending the process.
 
 use crate::server::guc::{self, LogLevel};
-use crate::server::report;
 use crate::server::unguarded::NamedLock;
+use crate::server::{report, reserve};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use relay::fault::{self, Mutation};
@@ -235,7 +235,7 @@ pub(crate) fn wait_briefly(time: Duration) {
 /// Runs `f` in a transaction of its own, with a snapshot for SPI. An ERROR or panic in it aborts the transaction and is
 /// returned as a value: the process goes on.
 pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
-    let outcome = PgTryBuilder::new(AssertUnwindSafe(|| {
+    let whole = || {
         // SAFETY: between transactions; what is started here is committed here or aborted below.
         unsafe {
             pg_sys::SetCurrentStatementStartTimestamp();
@@ -249,9 +249,10 @@ pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
             pg_sys::CommitTransactionCommand();
         }
         Ok(result)
-    }))
-    .catch_others(|error| Err(aborted(&error)))
-    .execute();
+    };
+    let outcome = PgTryBuilder::new(AssertUnwindSafe(|| reserve::watching(whole)))
+        .catch_others(|error| Err(aborted(&error)))
+        .execute();
     if outcome.is_err() {
         // SAFETY: ends the failed transaction whatever state it is in.
         unsafe { pg_sys::AbortCurrentTransaction() };

@@ -19,6 +19,8 @@ unsafe extern "C-unwind" {
     pub(crate) fn BackendPidGetProc(pid: c_int) -> *mut pg_sys::PGPROC;
     pub(crate) fn CopyErrorData() -> *mut pg_sys::ErrorData;
     pub(crate) fn FreeErrorData(error: *mut pg_sys::ErrorData);
+    /// The SQLSTATE of the error that is being reported.
+    pub(crate) fn geterrcode() -> c_int;
     /// Does not return if the level is ERROR.
     pub(crate) fn ThrowErrorData(error: *mut pg_sys::ErrorData);
     pub(crate) fn get_extension_name(extension: pg_sys::Oid) -> *mut c_char;

@@ -6,7 +6,7 @@
 //! keeps a complete copy of the error, made when it is raised, and raises that copy again when our frames have been
 //! left.
 
-use crate::server::unguarded;
+use crate::server::{reserve, unguarded};
 use pgrx::PgLogLevel;
 use pgrx::pg_sys::{self, panic::CaughtError};
 use std::any::Any;
@@ -83,6 +83,7 @@ fn is_last(caught: Option<&CaughtError>) -> bool {
 unsafe extern "C-unwind" fn remember(raised: *mut c_void) {
     // SAFETY: the cell outlives the entry; the copy is the process's own.
     unsafe {
+        reserve::give_up_if_needed();
         let before = pg_sys::CurrentMemoryContext;
         pg_sys::CurrentMemoryContext = pg_sys::TopMemoryContext;
         let error = unguarded::CopyErrorData();

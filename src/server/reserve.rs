@@ -1,0 +1,132 @@
+//! Memory that each process keeps back for the time when it gets no more.
+//!
+//! Then Postgres raises an ERROR, and our code must leave with it. That needs some memory too. pgrx copies each ERROR
+//! that crosses Rust: without memory for the copy, its guard catches the ERROR of its own copying, again and again,
+//! until Postgres has no place for another one, which is a PANIC of the server. And where Rust gets no memory, it ends
+//! the process, and so all sessions.
+//!
+//! So the reserve is given up when an ERROR says that memory has run out, and when Rust gets none. Whoever enters our
+//! code next takes it again, or is refused with an ERROR.
+
+use crate::server::unguarded;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// Enough for a few copies of an ERROR. A memory context that has grown takes a megabyte at once, even for a small one.
+/// Nothing is written into the reserve, so it is address space and no memory.
+const SIZE: usize = 4 << 20;
+
+static KEPT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// Keeps the reserve. False: there is no memory for it.
+#[inline]
+pub(crate) fn take() -> bool {
+    !KEPT.load(Ordering::Relaxed).is_null() || take_again()
+}
+
+#[cold]
+fn take_again() -> bool {
+    let (access, kind) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: new memory, which nobody else knows.
+    let new = unsafe { libc::mmap(ptr::null_mut(), SIZE, access, kind, -1, 0) };
+    if new == libc::MAP_FAILED {
+        return false;
+    }
+    let before = KEPT.swap(new, Ordering::Relaxed);
+    release(before);
+    true
+}
+
+/// Gives the reserve up. False: it was given up before.
+fn give_up() -> bool {
+    release(KEPT.swap(ptr::null_mut(), Ordering::Relaxed))
+}
+
+fn release(memory: *mut c_void) -> bool {
+    // SAFETY: memory of this size that only the caller has, because it was exchanged.
+    !memory.is_null() && unsafe { libc::munmap(memory, SIZE) == 0 }
+}
+
+/// Gives the reserve up if the error that is being reported is that memory has run out.
+///
+/// # Safety
+/// Within a callback for error reports.
+pub(crate) unsafe fn give_up_if_needed() {
+    // SAFETY: the caller's promise.
+    if unsafe { unguarded::geterrcode() } == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32 {
+        give_up();
+    }
+}
+
+/// Runs `f`, and gives the reserve up if memory runs out meanwhile. Panics pass.
+pub(crate) fn watching<R>(f: impl FnOnce() -> R) -> R {
+    // No pg_guard: it must not unwind, and does not fail.
+    // SAFETY: only Postgres calls this.
+    unsafe extern "C-unwind" fn on_error(_none: *mut c_void) {
+        // SAFETY: called while an error is reported.
+        unsafe { give_up_if_needed() };
+    }
+    take();
+    // SAFETY: the entry is removed from the stack again, here or by the code that catches an ERROR further out.
+    let outcome = unsafe {
+        let mut entry = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(on_error),
+            arg: ptr::null_mut(),
+        };
+        pg_sys::error_context_stack = &mut entry;
+        let outcome = catch_unwind(AssertUnwindSafe(f));
+        pg_sys::error_context_stack = entry.previous;
+        outcome
+    };
+    outcome.unwrap_or_else(|payload| resume_unwind(payload))
+}
+
+/// The memory of all Rust code in this library: the system's, and the reserve if that has none.
+struct Memory;
+
+#[global_allocator]
+static MEMORY: Memory = Memory;
+
+/// The result of `get`, which is tried again without the reserve if that could help.
+#[inline]
+fn gotten(size: usize, get: impl Fn() -> *mut u8) -> *mut u8 {
+    let memory = get();
+    if !memory.is_null() {
+        return memory;
+    }
+    match size < SIZE && give_up() {
+        true => get(),
+        false => memory,
+    }
+}
+
+// SAFETY: the system's allocator does the work. The reserve is memory of its own.
+unsafe impl GlobalAlloc for Memory {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        gotten(layout.size(), || unsafe { System.alloc(layout) })
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        gotten(layout.size(), || unsafe { System.alloc_zeroed(layout) })
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise. What fails leaves the memory as it was.
+        gotten(size, || unsafe { System.realloc(memory, layout, size) })
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(memory, layout) };
+    }
+}
