@@ -43,6 +43,9 @@ create table outbox.backends (
         else array['key', 'value'] end),
     constraint backends_static_fields_of_lsn check (not include_lsn or not coalesce(static_fields ? case format
         when 'broadcaster' then 'lsn' when 'cloudevents' then 'ce_lsn' end, false)),
+    -- The worker and each publisher's session hold the rows in memory.
+    constraint backends_size check (octet_length(concat(host, username, stream_name, unix_socket, nodes, sentinel_master, password_file,
+        allowed_streams, static_fields, tls_ca_file, tls_cert_file, tls_key_file)) <= 65536),
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),
     constraint backends_db_of_mode check (mode <> 'cluster' or coalesce(db, 0) = 0),

@@ -1,7 +1,7 @@
 //! What SQL needs for routes: the trigger that refuses a stream which is not a valid template, and pattern matching.
 
 use crate::server::datum::bytes_of;
-use crate::server::encoding::utf8;
+use crate::server::encoding::utf8_in_context;
 use crate::server::error::{raise, strict_arguments};
 use crate::server::trigger_call::{When, expect_trigger, new_and_old};
 use crate::tables::catalog;
@@ -21,9 +21,10 @@ fn check_route(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
         let trigger = expect_trigger(fcinfo, "check_route", When::BeforeRow, &[routes]);
         (*fcinfo).isnull = false;
         let (new, _) = new_and_old(trigger);
-        let stream = Columns::of(trigger.tg_relation, &["stream"])
-            .take_apart(new)
-            .text("stream");
+        let columns = Columns::of(trigger.tg_relation, &["stream"]);
+        let row = columns.take_apart(new);
+        row.expect_short();
+        let stream = row.text("stream");
         if let Some(Err(fault)) = stream.map(|stream| StreamName::parse(&stream)) {
             refuse(&fault);
         }
@@ -51,6 +52,6 @@ fn matches(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
         return pg_sys::Datum::from(0);
     };
     // SAFETY: arguments of type text.
-    let [name, pattern] = texts.map(|text| unsafe { utf8(bytes_of(text)) });
-    pg_sys::Datum::from(WildMatch::new(&pattern).matches(&name))
+    let [name, pattern] = texts.map(|text| unsafe { utf8_in_context(bytes_of(text)) });
+    pg_sys::Datum::from(WildMatch::new(pattern).matches(name))
 }

@@ -2,7 +2,7 @@
 //! backend, and the hash that templates use, for applications that look for a stream.
 
 use crate::server::datum::{bytes_of, text_datum};
-use crate::server::encoding::{to_server, utf8};
+use crate::server::encoding::{to_server, utf8_in_context};
 use crate::server::error::{raise, strict_arguments};
 use crate::server::guc;
 use crate::server::trigger_call::{When, expect_trigger, new_and_old};
@@ -30,6 +30,7 @@ fn check_stream_name(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
         let (new, old) = new_and_old(trigger);
         let old = old.map(|old| columns.take_apart(old));
         let row = columns.take_apart(new);
+        row.expect_short();
         let streams = streams_of(&row, old.as_ref());
         pg_sys::Datum::from(with(trigger.tg_relation, new, &row, &streams))
     }
@@ -144,6 +145,6 @@ fn stream_part(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
         );
     };
     // SAFETY: the first argument is of type text.
-    let value = unsafe { utf8(bytes_of(value)) };
-    pg_sys::Datum::from(part_of(&value, parts) as i32)
+    let value = unsafe { utf8_in_context(bytes_of(value)) };
+    pg_sys::Datum::from(part_of(value, parts) as i32)
 }

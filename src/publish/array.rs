@@ -4,8 +4,8 @@ use crate::publish::appending::{Prepared, Tables, prepared};
 use crate::publish::error::PublishError;
 use crate::publish::json;
 use crate::publish::lent_rights::expect_own_right;
-use crate::publish::request::{Request, attempts, decoded, event_id, time};
-use crate::server::encoding::{has_utf8_form, to_server};
+use crate::publish::request::{Request, attempts, event_id, time};
+use crate::server::encoding::{has_utf8_form, to_server, utf8_in_context};
 use crate::server::error::expect_arguments;
 use crate::server::report;
 use crate::tables::catalog::{self, Relations};
@@ -152,25 +152,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         if let Err(why) = has_utf8_form(rendered) {
             PublishError::NoUtf8Form { field: "events", why }.raise();
         }
-        let text = match decoded(rendered) {
-            Cow::Borrowed(text) => text,
-            Cow::Owned(text) => copied(&text),
-        };
-        serde_json::from_str(text).unwrap_or_else(|_| PublishError::NotAnArray.raise())
-    }
-}
-
-/// A copy of a text in the current memory context.
-///
-/// # Safety
-/// The copy is not used once that context is reset.
-unsafe fn copied<'a>(text: &str) -> &'a str {
-    // SAFETY: the copy has room for the text, and is UTF-8 as it is.
-    unsafe {
-        let room = text.len().max(1);
-        let copy = pg_sys::MemoryContextAllocHuge(pg_sys::CurrentMemoryContext, room).cast::<u8>();
-        copy.copy_from_nonoverlapping(text.as_ptr(), text.len());
-        std::str::from_utf8_unchecked(std::slice::from_raw_parts(copy, text.len()))
+        serde_json::from_str(utf8_in_context(rendered)).unwrap_or_else(|_| PublishError::NotAnArray.raise())
     }
 }
 

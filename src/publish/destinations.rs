@@ -12,6 +12,7 @@ use crate::tables::routes;
 use relay::event::routes::{Route, taken};
 use relay::event::stream_name::StreamName;
 use std::borrow::Cow;
+use std::ffi::CStr;
 use std::rc::Rc;
 
 /// The most rows that one event may become. More would be a mistake in the routes.
@@ -172,7 +173,16 @@ impl Way {
 /// The backend of the setting. Its bytes may be in the database's encoding (if set in a session, for a role or for a
 /// database) or in that of postgresql.conf, which is usually UTF-8.
 fn default_backend() -> String {
-    let name = guc::DEFAULT_BACKEND.get().unwrap_or_default();
+    // A name has at most 63 characters, each of at most four bytes. More than that is not copied, for want of memory.
+    const LONG: usize = 256;
+    // SAFETY: the value of the setting is a zero-terminated text or null, and nothing below sets it.
+    let name = unsafe {
+        let value = *guc::DEFAULT_BACKEND.as_ptr();
+        if value.is_null() { c"" } else { CStr::from_ptr(value) }
+    };
+    if name.count_bytes() > LONG {
+        return String::from_utf8_lossy(&name.to_bytes()[..LONG]).into_owned();
+    }
     let in_file = name.to_str().ok().map(str::to_owned);
     match in_file {
         Some(name) if name.is_ascii() => return name,

@@ -138,33 +138,46 @@ fn converts_to_utf8(text: &[u8], encoding: u32) -> Result<(), NoUtf8Form> {
 /// # Safety
 /// Valid text in the database's encoding.
 pub(crate) unsafe fn utf8(bytes: &[u8]) -> Cow<'_, str> {
-    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context,
-    // which is copied and freed.
+    // SAFETY: the caller's promise; if the result is not the text itself, it is a string of Postgres's memory, which is
+    // copied and freed.
+    unsafe {
+        let text = utf8_in_context(bytes);
+        if text.as_ptr() == bytes.as_ptr() {
+            return Cow::Borrowed(text);
+        }
+        let copied = text.to_owned();
+        pg_sys::pfree(text.as_ptr().cast_mut().cast());
+        Cow::Owned(copied)
+    }
+}
+
+/// As [`utf8`], without a copy by Rust, which would end the process if there is no memory for a large one. The result
+/// is the text itself, or lies in the current memory context.
+///
+/// # Safety
+/// Valid text in the database's encoding. The result is not used once that context is reset.
+pub(crate) unsafe fn utf8_in_context(bytes: &[u8]) -> &str {
+    // SAFETY: the caller's promise; a conversion's result is a zero-terminated string of the current memory context.
     unsafe {
         match encoding() {
-            pg_sys::pg_enc::PG_UTF8 => Cow::Borrowed(std::str::from_utf8_unchecked(bytes)),
+            pg_sys::pg_enc::PG_UTF8 => std::str::from_utf8_unchecked(bytes),
             pg_sys::pg_enc::PG_SQL_ASCII => expect_utf8(bytes),
             _ => {
-                let converted = pg_sys::pg_server_to_any(
-                    bytes.as_ptr().cast(),
-                    bytes.len() as i32,
-                    pg_sys::pg_enc::PG_UTF8 as i32,
-                );
-                if converted.cast_const().cast::<u8>() == bytes.as_ptr() {
-                    return expect_utf8(bytes);
+                let (text, length) = (bytes.as_ptr().cast(), bytes.len() as i32);
+                let converted = pg_sys::pg_server_to_any(text, length, pg_sys::pg_enc::PG_UTF8 as i32);
+                match converted.cast_const() == text {
+                    true => expect_utf8(bytes),
+                    false => expect_utf8(CStr::from_ptr(converted).to_bytes()),
                 }
-                let copied = expect_utf8(CStr::from_ptr(converted).to_bytes()).into_owned();
-                pg_sys::pfree(converted.cast());
-                Cow::Owned(copied)
             }
         }
     }
 }
 
 /// Bytes that must be UTF-8. Publishing refuses all others.
-fn expect_utf8(bytes: &[u8]) -> Cow<'_, str> {
+fn expect_utf8(bytes: &[u8]) -> &str {
     match std::str::from_utf8(bytes) {
-        Ok(text) => Cow::Borrowed(text),
+        Ok(text) => text,
         Err(error) => {
             let why = NoUtf8Form::invalid(bytes, error);
             raise(

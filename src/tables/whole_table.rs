@@ -1,10 +1,14 @@
 //! Reads small tables completely and without SQL, because publishers may have no rights on them.
 
+use crate::server::datum::bytes_of;
 use crate::server::error;
 use crate::tables::row::Row;
-use pgrx::pg_sys;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgSqlErrorCode, pg_sys};
 use std::borrow::Cow;
 
+/// Bytes that the texts of a backend may have.
+const LONGEST: usize = 65_536;
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
 /// Calls `f` with some columns of each row of a table, as of now and not as of the transaction's snapshot.
@@ -81,6 +85,25 @@ impl NamedRow<'_> {
 
     pub(crate) fn i32(&self, column: &str) -> Option<i32> {
         self.row.i32(self.attribute(column))
+    }
+
+    /// Raises an ERROR for a text that no option has, before it is copied: where Rust gets no memory, it ends the
+    /// process. All columns are texts.
+    pub(crate) fn expect_short(&self) {
+        for (name, number) in &self.columns.attributes {
+            // SAFETY: a text of the row.
+            let size = self.row.get(*number).map_or(0, |text| unsafe { bytes_of(text) }.len());
+            if size > LONGEST {
+                error::raise(
+                    ErrorReport::new(
+                        PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+                        format!("{name} is too long"),
+                        "",
+                    )
+                    .set_detail(format!("It has {size} bytes; at most {LONGEST} are allowed.")),
+                );
+            }
+        }
     }
 
     /// The values of all these columns that are not null.

@@ -216,6 +216,10 @@ fn invalid_formats_are_refused_when_the_row_is_written() {
         "format = 'cloudevents', static_fields = '{\"data\": 1}'",
         "format = 'structured', static_fields = '{\"cloud_event\": 1}'",
         "format = 'debezium', static_fields = '{\"key\": 1}'",
+        // All of a backend's texts together are in the memory of each session.
+        "static_fields = jsonb_build_object('a', repeat('x', 70000))",
+        "host = repeat('x', 40000), username = repeat('x', 40000)",
+        "allowed_streams = array_fill(repeat('x', 1000), '{70}')",
     ] {
         let refused = Refused::of(client.execute(&format!("update outbox.backends set {set}"), &[]));
         assert_eq!(refused.code, "23514", "{set}");
