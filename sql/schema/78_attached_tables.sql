@@ -140,8 +140,10 @@ declare
     functions oid[] := '{}';
 begin
     -- One session at a time. Otherwise several that attach or detach a table wait for each other's locks of it and of
-    -- its triggers: a deadlock.
-    perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
+    -- its triggers: a deadlock. This lock lets others write, and only roles that may change the table can take it.
+    if exists (select from pg_class c where c.oid = "table" and c.relkind in ('r', 'p')) then
+        execute format('lock table %s in share update exclusive mode', "table");
+    end if;
     for t in
         select g.tgname, g.tgrelid::regclass as relation, g.tgfoid from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
         where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$'
@@ -216,7 +218,7 @@ begin
     end if;
     -- As in outbox.detach_table(). Then the table stays as it is while its function is written. If there are triggers
     -- to be dropped, at once with the lock that this takes: one that is raised later could be a deadlock with writers.
-    perform pg_advisory_xact_lock('pg_trigger'::regclass::oid::integer, "table"::oid::integer);
+    execute format('lock table %s in share update exclusive mode', "table");
     execute format('lock table %s in %s mode', "table", case when exists (select from outbox.family_of("table") f (oid) join pg_trigger g on g.tgrelid = f.oid
         where not g.tgisinternal and g.tgname ~ '^outbox_relay_(insert|update|delete|truncate)$') then 'access exclusive' else 'share row exclusive' end);
     select w.name into missing from unnest(coalesce(columns, '{}') || coalesce(key, '{}')) w (name)

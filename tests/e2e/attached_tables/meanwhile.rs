@@ -63,3 +63,29 @@ fn sessions_that_attach_one_table_wait_for_each_other() {
     run(&mut c, "insert into t values (1)");
     assert_eq!(heads(&mut c), ["t.insert 1"]);
 }
+
+/// Anybody can take any advisory lock, but not a lock of somebody else's table.
+#[test]
+fn nobody_without_rights_on_a_table_keeps_it_from_being_attached() {
+    let pg = start();
+    run(
+        &mut pg.client(),
+        "create table t (id int primary key); create role nobody login; grant select on t to nobody",
+    );
+    let mut nobody = pg.client_as("nobody", "postgres");
+    run(
+        &mut nobody,
+        "select pg_advisory_lock(k.oid::int, o.oid::int) from pg_class k, pg_class o
+             where k.relnamespace = 'pg_catalog'::regnamespace and k.relkind = 'r' and o.relname in ('t', 'events', 'backends');
+         select pg_advisory_lock(oid::int) from pg_class where relname in ('t', 'events', 'backends')",
+    );
+    for mode in ["share update exclusive", "share row exclusive", "access exclusive"] {
+        let refused = Refused::of(nobody.batch_execute(&format!("begin; lock table t in {mode} mode")));
+        assert_eq!(refused.code, "42501", "{mode}");
+        run(&mut nobody, "rollback");
+    }
+    run(
+        &mut pg.client(),
+        "set lock_timeout = '5s'; select outbox.attach_table('t'); select outbox.attach_table('t'); select outbox.detach_table('t')",
+    );
+}
