@@ -1,6 +1,8 @@
 //! The worker's log: a line on each change of state, no more, and never the content of events or credentials of Redis.
 
-use kit::{BlackHole, Garbage, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until};
+use kit::{
+    BlackHole, Garbage, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until,
+};
 
 fn count(log: &str, text: &str) -> usize {
     log.matches(text).count()
@@ -203,4 +205,36 @@ fn at_level_debug_each_step_is_logged_and_at_info_none() {
         .pg
         .exec("select outbox.publish_event('later', 'kit', scheduled_at => clock_timestamp() + '50 ms')");
     stack.pg.wait_log("moved 1 scheduled events that are due");
+}
+
+/// A server that takes a batch on each connection and then drops it: each connection is a success, and each loss news.
+#[test]
+fn a_server_that_comes_and_goes_does_not_flood_the_log() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[
+            ("outbox_relay.retry_delay", "5ms"),
+            ("outbox_relay.retry_backoff", "off"),
+        ]),
+        Redis::start(),
+    );
+    let liar = Liar::honest();
+    let mut has_added = false;
+    liar.lie(move |words| match words[0].to_ascii_uppercase().as_str() {
+        "XADD" => {
+            has_added = true;
+            None
+        }
+        "EXEC" => std::mem::take(&mut has_added).then_some(Lie::Close),
+        _ => None,
+    });
+    stack.point_at("default", "127.0.0.1", liar.port());
+    let mark = stack.pg.log().len();
+    wait_until("many connections", || {
+        stack.publish("t");
+        liar.accepted() > 60
+    });
+    let log = stack.pg.log().split_off(mark);
+    let lines = count(&log, "LOG:  ") + count(&log, "WARNING:  ") + count(&log, "ERROR:  ");
+    println!("{lines} lines for {} connections", liar.accepted());
+    assert!(lines < 10, "{lines}: {log}");
 }

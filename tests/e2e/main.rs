@@ -113,6 +113,7 @@ mod security;
 mod security_destinations;
 mod security_lending;
 mod security_publisher;
+mod security_roles;
 mod security_routes;
 mod security_sealed;
 mod security_secrets;
