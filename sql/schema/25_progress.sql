@@ -86,7 +86,7 @@ comment on function outbox.common_stream() is 'The stream of events whose rows n
 create table outbox.incarnations (
     number             integer generated always as identity primary key,
     incarnation        uuid not null unique,
-    system             text not null,
+    lineage            text not null,
     timeline           bigint not null,
     started_at         timestamptz not null default clock_timestamp(),
     previous_ended_lsn pg_lsn not null,
@@ -94,6 +94,7 @@ create table outbox.incarnations (
     place              text not null
 );
 comment on table outbox.incarnations is 'The runs of this server that used guards. Guards name them. Each is saved before it claims a guard, so a copy of the database knows only those from before the copy.';
+comment on column outbox.incarnations.lineage is 'Which initdb made the data directory. A copy keeps it, also if pg_createsubscriber has given it another system identifier; pg_upgrade changes it.';
 comment on column outbox.incarnations.place is 'Host and data directory of the server. A run in another place belongs to a copy, unless the server was promoted there.';
 comment on column outbox.incarnations.first_xid is 'The lowest transaction id of this run. If it is lower than the ids in a guard of the previous run, WAL was lost and ids are being used again.';
 comment on column outbox.incarnations.previous_ended_lsn is 'Where the WAL of the previous run ended, as far as this server has it.';

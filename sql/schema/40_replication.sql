@@ -45,6 +45,13 @@ begin
     if not outbox.is_applied() then
         return new;
     end if;
+    -- Scheduled on both servers, it has become due on both. (As long as this server is a copy, the other one decides
+    -- when it is due.)
+    if exists (select from outbox.events e where e.event_id = new.event_id and e.branch = new.branch)
+        or exists (select from outbox.scheduled_events s where s.event_id = new.event_id and s.branch = new.branch
+            and not exists (select from outbox.copied_backends c where c.backend_number = s.backend_number)) then
+        return null;
+    end if;
     -- It has become due on the other server, or was retried there.
     delete from outbox.held_scheduled h where h.event_id = new.event_id and h.branch = new.branch;
     delete from outbox.held_events h where h.event_id = new.event_id and h.branch = new.branch;

@@ -2,10 +2,15 @@
 
 use pgrx::{pg_extern, pg_sys};
 use relay::guard::place::Place;
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_int};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::UNIX_EPOCH;
+
+// SAFETY: the declaration of common/hashfn.h; it raises no ERROR.
+unsafe extern "C" {
+    fn hash_bytes_extended(bytes: *const u8, count: c_int, seed: u64) -> u64;
+}
 
 /// `outbox.here()`: the timeline and the directory. A promoted standby or a copy has others.
 #[pg_extern(sql = false)]
@@ -18,10 +23,25 @@ pub(crate) fn here() -> String {
     format!("{timeline:08X} {}", directory.to_string_lossy())
 }
 
-/// The system identifier, which a base backup keeps.
+/// The system identifier. A base backup keeps it; pg_upgrade and pg_createsubscriber generate another one.
 pub(crate) fn system() -> String {
     // SAFETY: reads what the server knows of itself.
     unsafe { pg_sys::GetSystemIdentifier() }.to_string()
+}
+
+/// Which initdb made the data directory: a digest of a random value that initdb wrote, and that every copy keeps, also
+/// one to which pg_createsubscriber gave another system identifier. pg_upgrade moves the data to another initdb's
+/// directory.
+pub(crate) fn lineage() -> String {
+    // SAFETY: the value has MOCK_AUTH_NONCE_LEN bytes in the shared copy of the control file.
+    let digest = unsafe {
+        hash_bytes_extended(
+            pg_sys::GetMockAuthenticationNonce().cast(),
+            pg_sys::MOCK_AUTH_NONCE_LEN as c_int,
+            0,
+        )
+    };
+    format!("{digest:016x}")
 }
 
 /// Where this server runs, see [`Place`].

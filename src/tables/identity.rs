@@ -5,7 +5,7 @@
 //! later copy of this database recognises it, and a server with an earlier copy does not.
 
 use crate::server::guc::{self, TakeOver};
-use crate::server::place::{place, system};
+use crate::server::place::{lineage, place, system};
 use crate::server::process::{self, Aborted};
 use crate::server::shmem::{self, Began};
 use crate::server::standby;
@@ -37,6 +37,7 @@ unsafe extern "C-unwind" {
 pub(crate) struct Identity {
     incarnation: String,
     system: String,
+    lineage: String,
     timeline: u32,
     place: String,
     /// See [`standby::promoted_to`].
@@ -46,7 +47,7 @@ pub(crate) struct Identity {
 /// A run of this server, or of the server that it was copied from.
 pub(crate) struct Run {
     incarnation: String,
-    pub system: String,
+    lineage: String,
     pub timeline: i64,
     pub place: String,
 }
@@ -60,6 +61,7 @@ impl Identity {
         let identity = Self {
             incarnation: String::from_utf8_lossy(&hyphenated(&name)).into_owned(),
             system: system(),
+            lineage: lineage(),
             // SAFETY: reads what the server knows of itself.
             timeline: unsafe { pg_sys::GetWALInsertionTimeLine() },
             place: place(),
@@ -72,11 +74,11 @@ impl Identity {
 
     fn save(&self, Began { started_at, first_xid }: Began) {
         let known = query(
-            "select incarnation::text, system, timeline, place from outbox.incarnations order by number desc limit 1",
+            "select incarnation::text, lineage, timeline, place from outbox.incarnations order by number desc limit 1",
             &[],
             |row| Run {
                 incarnation: row.value("incarnation").unwrap_or_default(),
-                system: row.value("system").unwrap_or_default(),
+                lineage: row.value("lineage").unwrap_or_default(),
                 timeline: row.value("timeline").unwrap_or_default(),
                 place: row.text("place").unwrap_or_default(),
             },
@@ -95,11 +97,13 @@ impl Identity {
             _ => started_at,
         };
         run_named(
-            "insert into outbox.incarnations (incarnation, system, timeline, previous_ended_lsn, first_xid, place)
-            values ($incarnation::uuid, $system, $timeline, '0/0'::pg_lsn + $ended::text::numeric, $first_xid::xid8, $place)",
+            "insert into outbox.incarnations
+                (incarnation, lineage, timeline, previous_ended_lsn, first_xid, place)
+            values ($incarnation::uuid, $lineage, $timeline, '0/0'::pg_lsn + $ended::text::numeric,
+                $first_xid::xid8, $place)",
             [
                 ("incarnation", self.incarnation.clone().into()),
-                ("system", self.system.clone().into()),
+                ("lineage", self.lineage.clone().into()),
                 ("timeline", i64::from(self.timeline).into()),
                 ("ended", ended.to_string().into()),
                 ("first_xid", first_xid.to_string().into()),
@@ -173,8 +177,8 @@ fn switch_point(timeline: u32, present: u32) -> u64 {
 fn note_if_copy_of(before: &Run, us: &Identity) {
     let is_here = compare(&before.place, us.place()) != Likeness::Elsewhere;
     let is_promoted = i64::from(us.promoted_to()) > before.timeline;
-    // A copy keeps the identifier; pg_upgrade changes it. An upgraded server cannot tell whether it is a copy.
-    let is_upgraded = before.system != us.system();
+    // pg_upgrade moves the data to a directory of another initdb. An upgraded server cannot tell whether it is a copy.
+    let is_upgraded = before.lineage != us.lineage;
     if is_here || is_promoted || is_upgraded || guc::TAKE_OVER.get() == TakeOver::Any {
         return;
     }

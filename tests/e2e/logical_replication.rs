@@ -426,3 +426,35 @@ fn a_row_that_failed_is_retried_on_the_new_server_alone() {
         assert_eq!(types(&old.redis.wait_entries(stream, 2)), ["t", "last"], "{stream}");
     }
 }
+
+/// The old server runs on for a while after the take-over, and moves events that are due, as the new one does.
+#[test]
+fn an_event_that_becomes_due_on_both_servers_is_sent_once_and_not_held() {
+    let old = old_server();
+    let soon = "select outbox.publish_event('soon ' || i, 's', scheduled_at => now() + interval '1 day') from generate_series(1, 5) i";
+    old.pg.exec(soon);
+    let new = subscribed(&old.pg);
+    old.pg.exec("update outbox.backends set enabled = false");
+    wait_caught_up(&old.pg);
+    new.exec("select outbox.take_over('default')");
+    let due = |pg: &Postgres| {
+        pg.exec("update outbox.scheduled_events set scheduled_at = now()");
+        pg.exec("select outbox.wake()");
+    };
+    let left = |pg: &Postgres| pg.one::<i64>("select count(*) from outbox.scheduled_events");
+    due(&old.pg);
+    wait_eq("what is scheduled", 0, || left(&old.pg));
+    wait_caught_up(&old.pg);
+    assert_eq!(left(&new), 5);
+    assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
+    due(&new);
+    wait_eq("what is scheduled", 0, || left(&new));
+    let expected: Vec<String> = (1..=5).map(|i| format!("soon {i}")).collect();
+    let entries = old.wait_events(5);
+    let mut sent = types(&entries);
+    sent.sort();
+    assert_eq!(sent, expected);
+    new.exec("select outbox.take_over('default')");
+    new.exec("select outbox.publish_event('last', 's')");
+    assert_eq!(types(&old.wait_events(6))[5], "last");
+}

@@ -22,6 +22,7 @@ mod copies;
 mod crash;
 mod crash_points;
 mod crash_unflushed;
+mod create_subscriber;
 mod crowds;
 mod database_statements;
 mod deleted_backends;

@@ -57,7 +57,6 @@ pub fn wait_fenced(pg: &Postgres, owner: &Postgres) -> Standing {
 pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
     // Its commit flushes earlier commits that did not wait, such as those of the cursors. (The commit of a transaction
     // that wrote nothing flushes nothing.)
-    // flushes nothing.)
     primary.exec("select pg_logical_emit_message(true, 'kit', '')");
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
     wait_until("the standby to have caught up", || {

@@ -130,7 +130,7 @@ fn kinship(guard: &Guard, us: &Claimant<'_>) -> Kinship {
         Incarnation::Earlier { .. } if likeness == Likeness::Rebooted => Kinship::Heir,
         Incarnation::Earlier { .. } if us.paused => Kinship::Stranger,
         Incarnation::Earlier { .. } if us.promoted_to > guard.timeline || us.anybody => Kinship::Heir,
-        // A base backup keeps the system identifier; pg_upgrade generates a new one.
+        // pg_upgrade generates a new identifier. So does pg_createsubscriber, whose servers know that they are copies.
         Incarnation::Earlier { .. } if guard.system != us.system => Kinship::Heir,
         Incarnation::Earlier { .. } | Incarnation::Unknown => Kinship::Stranger,
     }
