@@ -268,9 +268,10 @@ fn a_batch_that_was_never_sent_is_not_taken_for_appended() {
     let guard = liar.hash(&key);
     let number = number_of(&guard);
     liar.lie(|words| (words[0] == "WATCH" || words[0] == "EXEC").then_some(Lie::Refuse));
-    for n in 1..=5 {
-        stack.publish(&format!("t{n}"));
-    }
+    // One transaction is one batch.
+    stack
+        .pg
+        .exec("select outbox.publish_event('t' || n, 'kit') from generate_series(1, 5) n");
     wait_trouble(&stack.pg, "default", "backoff", "");
     // All events that exist now.
     let position: String = stack.pg.one(
