@@ -174,7 +174,8 @@ fn a_role_that_may_maintain_tables_neither_reads_nor_loses_events() {
         &REFUSED
             .iter()
             .copied()
-            .filter(|sql| *sql != "grant usage on schema outbox to somebody")
+            // Whoever has any right on an object gets only a WARNING: nothing is granted.
+            .filter(|sql| !sql.starts_with("grant "))
             .collect::<Vec<_>>(),
     );
 }
