@@ -39,7 +39,7 @@ macro_rules! named {
 }
 
 named! {
-    /// A point in the worker's code; the last one is in a session that publishes.
+    /// A point in the worker's code; the last two are in a session that publishes.
     Point {
         BeforeTick: "before_tick",
         BeforeSnapshot: "before_snapshot",
@@ -55,6 +55,7 @@ named! {
         AfterSave: "after_save",
         BeforeReadLock: "before_read_lock",
         BeforeIdLock: "before_id_lock",
+        AtCommit: "at_commit",
     }
 }
 

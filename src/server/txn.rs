@@ -6,6 +6,7 @@
 use crate::server::shmem;
 use crate::server::unguarded;
 use pgrx::pg_sys;
+use relay::fault::{self, Point};
 use std::cell::Cell;
 use std::ffi::CStr;
 
@@ -99,6 +100,10 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             }
             if news != News::default() {
                 tell(news);
+            }
+            if news.events {
+                // Others see the transaction, and its invalidations are not sent yet.
+                fault::reach(Point::AtCommit);
             }
         }
         XACT_EVENT_PREPARE => {

@@ -215,6 +215,14 @@ fn register() {
     });
 }
 
+/// Whether nobody is changing the table of events, nor has changed it in a transaction that is seen and still has to
+/// send its invalidations. Keeps the table as it is until the transaction ends.
+pub(crate) fn is_settled(relations: &Relations) -> bool {
+    let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    // SAFETY: within a transaction, which releases the lock.
+    unsafe { pg_sys::ConditionalLockRelationOid(relations.events, lock) }
+}
+
 /// Changes whenever our tables may have changed. Needs a transaction that has processed pending invalidations.
 pub(crate) fn generation() -> u64 {
     GENERATION.get()

@@ -305,16 +305,18 @@ impl Worker {
                 None => ticks::flush_seen(&taken, &self.latest.snapshot),
             };
             fault::reach(Point::AfterFlush);
-            // Processes all invalidations that were sent before anything that the tick sees.
+            // A transaction is seen before its invalidations are sent, and keeps its locks until they are.
+            let is_settled = catalog::is_settled(&relations);
             // SAFETY: within a transaction.
             unsafe { pg_sys::AcceptInvalidationMessages() };
-            Some((taken.0, wal, catalog::generation()))
+            Some((taken.0, wal, catalog::generation(), is_settled))
         })?;
         match tick {
-            Some((tick, wal, generation)) => {
+            Some((tick, wal, generation, is_settled)) => {
                 self.use_tick(tick, wal);
                 match self.generation == Generation::Loaded(generation) {
-                    true => self.mending.is_clean_at(&self.latest),
+                    true if is_settled => self.mending.is_clean_at(&self.latest),
+                    true => {}
                     false => self.generation = Generation::Stale,
                 }
             }

@@ -1,7 +1,7 @@
 //! Triggers that were disabled, by `pg_restore --disable-triggers` or by hand: they are enabled again in a moment,
 //! nothing depends on them meanwhile, and rows that were inserted without them are sent once.
 
-use kit::{Bystander, Entry, Postgres, Stack, types, wait_eq, wait_until};
+use kit::{Bystander, Entry, Postgres, Redis, Stack, types, wait_eq, wait_until};
 use std::time::{Duration, Instant};
 
 const BURN: &str = "do $$ begin for i in 1..3000 loop perform pg_current_xact_id(); commit; end loop; end $$";
@@ -383,6 +383,40 @@ fn a_scheduled_event_that_was_sent_since_the_dump_is_not_repeated() {
     assert_eq!(types(&stack.wait_events(2)), ["soon", "after"]);
 }
 
+/// Inserts a row without the trigger, with a transaction id from long ago, in the transaction of these statements.
+fn foreign_row(statements: &str) -> String {
+    format!(
+        "begin; alter table outbox.events disable trigger user;
+         insert into outbox.events (seq, xid, created_at, event_id, backend_number, event_type, source, backend)
+            select nextval('outbox.events_seq_seq'), '3', now(), gen_random_uuid(), number, 'foreign', 's', name
+            from outbox.backends where name = 'default';
+         do $$ declare t record; begin for t in select name from outbox.our_triggers() where relation = 'events' loop
+            execute format('alter table outbox.events enable always trigger %I', t.name); end loop; end $$;
+         {statements} commit"
+    )
+}
+
+/// A transaction is seen before it tells others what it has changed. The worker must not take its rows for older than
+/// the change.
+#[test]
+fn rows_that_are_seen_before_the_change_of_their_trigger_are_noticed() {
+    let stack = Stack::of(
+        Postgres::with(&[("outbox_relay.poll_interval", "200ms")]).faults(),
+        Redis::start(),
+    );
+    stack.publish("first");
+    kit::wait_drained(&stack.pg, "default");
+    stack.pg.hold_at("at_commit");
+    let mut client = stack.pg.client();
+    let restore =
+        std::thread::spawn(move || client.batch_execute(&foreign_row("select outbox.publish_event('seen', 's');")));
+    stack.pg.wait_reached();
+    assert_eq!(types(&stack.wait_events(2)), ["first", "seen"]);
+    stack.pg.release();
+    restore.join().expect("it does not panic").expect("it commits");
+    assert_eq!(types(&stack.wait_events(3)), ["first", "seen", "foreign"]);
+}
+
 /// A step of the sweep that fails is tried again each second. It rests three times as long beside publishers only after
 /// a step that has done something.
 #[test]
@@ -393,14 +427,7 @@ fn a_sweep_that_somebody_held_up_goes_on_soon_beside_publishers() {
     let mut open = holder.transaction().unwrap();
     open.batch_execute("lock table outbox.restores in exclusive mode")
         .unwrap();
-    stack.pg.exec(
-        "begin; alter table outbox.events disable trigger user;
-         insert into outbox.events (seq, xid, created_at, event_id, backend_number, event_type, source, backend)
-            select nextval('outbox.events_seq_seq'), '3', now(), gen_random_uuid(), number, 'foreign', 's', name
-            from outbox.backends where name = 'default';
-         do $$ declare t record; begin for t in select name from outbox.our_triggers() where relation = 'events' loop
-            execute format('alter table outbox.events enable always trigger %I', t.name); end loop; end $$; commit",
-    );
+    stack.pg.exec(&foreign_row(""));
     stack
         .pg
         .wait_log("triggers of outbox_relay cannot be mended: canceling statement due to lock timeout");

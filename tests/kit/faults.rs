@@ -17,7 +17,7 @@ const HELD: &str = "outbox_relay.held";
 const MUTATION: &str = "outbox_relay.mutation";
 
 /// Every point, in the order in which a worker passes them, except `at_rehearsal`, which only an idle worker reaches,
-/// and the points before a lock, at which tests only hold a process.
+/// and the points before a lock or in a commit, at which tests only hold a process.
 pub const POINTS: &[&str] = &[
     "before_claim",
     "after_claim",
