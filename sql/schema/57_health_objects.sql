@@ -395,6 +395,18 @@ faults(what, fault, cure) as (
         and not exists (select from outbox.backends b
             where strpos(definition.text, format('"backend": %s', to_jsonb(b.name))) > 0)
     union all
+    -- The arguments of a trigger are separated by zero bytes.
+    select 'attached tables',
+        format('The bridge of %s names a backend that does not exist: INSERTs into it fail.', a.tgrelid::regclass),
+        format('Run SELECT outbox.end_bridge(%1$L); and outbox.bridge_debezium(%1$L, ...); with a backend of outbox.backends.',
+            a.tgrelid::regclass)
+    from pg_trigger a join pg_proc p on p.oid = a.tgfoid and p.pronamespace = 'outbox'::regnamespace
+        cross join (select '\000backend\000='::bytea as named, '\000'::bytea as ends) word
+    where not a.tgisinternal and p.proname = 'publish_row'
+        and position(word.named in a.tgargs) > 0
+        and not exists (select from outbox.backends b where position(
+            word.named || convert_to(b.name, getdatabaseencoding()) || word.ends in a.tgargs) > 0)
+    union all
     -- Its rows are read one table at a time.
     select 'inheritance', format('%s inherits from %s.', i.inhrelid::regclass, i.inhparent::regclass),
         case k.relkind when 'p'

@@ -180,7 +180,7 @@ begin
             hint = 'Use the defaults of both columns.';
     end if;
     new.status := 'processing';
-    new.last_error := 'moved to outbox_relay at ' || now();
+    new.last_error := 'moved to outbox_relay at ' || now() || ' on INSERT';
     return new;
 end
 $$;
@@ -195,7 +195,7 @@ begin
     return new;
 end
 $$;
-comment on function outbox.keep_mark() is 'Trigger of django-broadcaster''s table while there is a bridge: a moved row stays marked even if the application saves an older object from memory.';
+comment on function outbox.keep_mark() is 'Trigger of django-broadcaster''s table while there is a bridge: a moved row stays marked even if the application saves an older object from memory, and no other row gets the mark of a new one by ON CONFLICT DO UPDATE.';
 
 create function outbox.follow_bridged_row() returns trigger
     language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -240,10 +240,11 @@ begin
         create trigger "~outbox_relay_mark" before insert on %1$s for each row
             when (new.status in ('pending', 'retry')) execute function outbox.mark_bridged_row();
         create trigger "~outbox_relay_keep" before update on %1$s for each row
-            when (old.last_error like 'moved to outbox_relay at %%') execute function outbox.keep_mark();
+            when (old.last_error like 'moved to outbox_relay at %%' or new.last_error like 'moved to outbox_relay at %% on INSERT')
+            execute function outbox.keep_mark();
         -- Rows that were marked earlier, such as those of a dump, do not count as new.
         create trigger outbox_relay_publish after insert on %1$s for each row
-            when (new.last_error = 'moved to outbox_relay at ' || now())
+            when (new.last_error = 'moved to outbox_relay at ' || now() || ' on INSERT')
             execute function outbox.publish_row('event_id', 'id', 'event_type', 'event_type', 'source', 'source', 'data', 'data', 'subject', 'subject',
                 'backend', 'publisher_backend', 'scheduled_at', 'scheduled_at', 'created_at', 'created_at', 'max_retries', 'max_retries',
                 'publisher_config', 'publisher_config', 'data_schema', 'data_schema');

@@ -58,6 +58,30 @@ fn a_row_that_is_not_kept_reaches_no_connector() {
     assert_eq!(stack.pg.one::<String>("select backend from outbox.events"), "orders");
 }
 
+#[test]
+fn a_bridge_to_a_backend_that_was_renamed_is_named() {
+    let stack = start();
+    stack
+        .pg
+        .exec("insert into outbox.backends (name) values ('orders \\\"é'), ('order')");
+    stack
+        .pg
+        .exec("select outbox.bridge_debezium('outbox_table', 'orders \\\"é')");
+    let found = || -> String {
+        stack.pg.one(
+            "select status || ' ' || coalesce(detail, '') from outbox.health() where \"check\" = 'attached tables'",
+        )
+    };
+    assert!(found().starts_with("ok"), "{}", found());
+    stack
+        .pg
+        .exec("update outbox.backends set name = 'renamed' where name <> 'default' and name <> 'order'");
+    let said = Refused::of(stack.pg.client_as("app", "postgres").simple_query(INSERT));
+    assert_eq!(said.code, "42704");
+    let named = "The bridge of public.outbox_table names a backend that does not exist: INSERTs into it fail.";
+    assert!(found().contains(named) && !found().starts_with("ok"), "{}", found());
+}
+
 /// A connector would also send the events: the change happens in one transaction.
 #[test]
 fn a_table_that_is_published_is_not_bridged() {

@@ -76,6 +76,26 @@ fn a_moved_row_stays_marked() {
     assert_eq!(stack.wait_events(1).len(), 1);
 }
 
+/// Their trigger for INSERT runs, although the old row is updated.
+#[test]
+fn an_upsert_of_an_old_row_leaves_it_to_the_old_worker() {
+    let stack = with_old_table();
+    let insert = format!("insert into outbox_events (id, event_type) values ('{}', 'old')", id(1));
+    stack.pg.exec(&insert);
+    stack
+        .pg
+        .exec("select outbox.bridge_django_broadcaster('outbox_events')");
+    stack.pg.exec(&format!(
+        "{insert} on conflict (id) do update
+            set status = excluded.status, last_error = excluded.last_error, subject = 'changed'"
+    ));
+    let row = "select status || ' ' || subject || ' ' || (last_error like 'moved%') from outbox_events";
+    assert_eq!(stack.pg.one::<String>(row), "pending changed false");
+    import(&mut stack.pg.client(), ", false");
+    assert_eq!(stack.pg.one::<String>(row), "processing changed true");
+    assert_eq!(types(&stack.wait_events(1)), ["old"]);
+}
+
 #[test]
 fn deleting_a_scheduled_row_takes_its_event_back_and_a_new_time_moves_it() {
     let (stack, mut app) = bridged();
