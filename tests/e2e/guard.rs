@@ -229,7 +229,12 @@ fn the_key_names_installation_database_and_backend() {
     let unknown = pg.client().query("select outbox.guard_key('none')", &[]);
     assert_eq!(
         Refused::of(unknown),
-        Refused::new("42704", "backend \"none\" does not exist", "", "")
+        Refused::new(
+            "42704",
+            "backend \"none\" does not exist",
+            "",
+            "Names of backends are in outbox.backends."
+        )
     );
 }
 
