@@ -141,6 +141,7 @@ fn a_publisher_can_do_nothing_else() {
             "detach_table",
             "expect_condition",
             "family_of",
+            "has_backend",
             "publish_event",
             "publish_event",
             "publish_event",
