@@ -8,6 +8,7 @@ use crate::publish::request::{Request, attempts, event_id, time};
 use crate::server::encoding::{has_utf8_form, to_server, utf8_in_context};
 use crate::server::error::expect_arguments;
 use crate::server::report;
+use crate::server::scoped;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
@@ -47,24 +48,20 @@ extern "C-unwind" fn publish_events(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
     let mut tables = Tables::default();
     let mut index: c_int = 0;
     // SAFETY: within a call by Postgres. The body of the guard has made the set of results and the list of items. The
-    // entry for errors is removed below, or by the code that catches an ERROR further out.
+    // callback gets the index that it expects; nothing here unwinds.
     unsafe {
         let results = (*fcinfo).resultinfo.cast::<pg_sys::ReturnSetInfo>();
-        let mut entry = pg_sys::ErrorContextCallback {
-            previous: pg_sys::error_context_stack,
-            callback: Some(say_element),
-            arg: (&raw mut index).cast(),
-        };
-        pg_sys::error_context_stack = &mut entry;
-        for at in 0..items.count {
-            (&raw mut index).write_volatile(at as c_int);
-            let rows = report::guard(|| prepared_item(&items, at, &relations));
-            let inserted = tables.insert(&relations, &rows);
-            let (value, is_null) = (rows.first.values[attribute::EVENT_ID - 1], !inserted);
-            tuplestore_putvalues((*results).setResult, (*results).setDesc, &value, &is_null);
-        }
-        tables.close();
-        pg_sys::error_context_stack = entry.previous;
+        let at_element = &raw mut index;
+        scoped::with_error_callback(say_element, at_element.cast(), || {
+            for at in 0..items.count {
+                at_element.write_volatile(at as c_int);
+                let rows = report::guard(|| prepared_item(&items, at, &relations));
+                let inserted = tables.insert(&relations, &rows);
+                let (value, is_null) = (rows.first.values[attribute::EVENT_ID - 1], !inserted);
+                tuplestore_putvalues((*results).setResult, (*results).setDesc, &value, &is_null);
+            }
+            tables.close();
+        });
         (*fcinfo).isnull = true;
     }
     pg_sys::Datum::from(0)

@@ -8,8 +8,8 @@
 //! So the reserve is given up when an ERROR says that memory has run out, and when Rust gets none. Whoever enters our
 //! code next takes it again, or is refused with an ERROR.
 
-use crate::server::unguarded;
-use pgrx::{PgSqlErrorCode, pg_sys};
+use crate::server::{scoped, unguarded};
+use pgrx::PgSqlErrorCode;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -74,18 +74,9 @@ pub(crate) fn watching<R>(f: impl FnOnce() -> R) -> R {
         unsafe { give_up_if_needed() };
     }
     take();
-    // SAFETY: the entry is removed from the stack again, here or by the code that catches an ERROR further out.
-    let outcome = unsafe {
-        let mut entry = pg_sys::ErrorContextCallback {
-            previous: pg_sys::error_context_stack,
-            callback: Some(on_error),
-            arg: ptr::null_mut(),
-        };
-        pg_sys::error_context_stack = &mut entry;
-        let outcome = catch_unwind(AssertUnwindSafe(f));
-        pg_sys::error_context_stack = entry.previous;
-        outcome
-    };
+    // SAFETY: the callback ignores its argument; a panic is caught.
+    let outcome =
+        unsafe { scoped::with_error_callback(on_error, ptr::null_mut(), || catch_unwind(AssertUnwindSafe(f))) };
     outcome.unwrap_or_else(|payload| resume_unwind(payload))
 }
 

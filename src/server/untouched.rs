@@ -6,7 +6,7 @@
 //! keeps a complete copy of the error, made when it is raised, and raises that copy again when our frames have been
 //! left.
 
-use crate::server::{reserve, unguarded};
+use crate::server::{reserve, scoped, unguarded};
 use pgrx::PgLogLevel;
 use pgrx::pg_sys::{self, panic::CaughtError};
 use std::any::Any;
@@ -36,18 +36,9 @@ pub(crate) enum Failed {
 /// Runs `f`, and keeps an ERROR of Postgres that ends it.
 pub(crate) fn attempt<R>(f: impl FnOnce() -> R) -> Result<R, Failed> {
     let raised = Cell::new(false);
-    // SAFETY: the entry is removed from the stack again, here or by the code that catches an ERROR further out.
-    let outcome = unsafe {
-        let mut entry = pg_sys::ErrorContextCallback {
-            previous: pg_sys::error_context_stack,
-            callback: Some(remember),
-            arg: (&raw const raised).cast_mut().cast(),
-        };
-        pg_sys::error_context_stack = &mut entry;
-        let outcome = catch_unwind(AssertUnwindSafe(f));
-        pg_sys::error_context_stack = entry.previous;
-        outcome
-    };
+    let argument = (&raw const raised).cast_mut().cast();
+    // SAFETY: the callback gets the cell that it expects; a panic is caught.
+    let outcome = unsafe { scoped::with_error_callback(remember, argument, || catch_unwind(AssertUnwindSafe(f))) };
     outcome.map_err(|payload| match raised.get() && is_last(payload.downcast_ref()) {
         true => Failed::OfPostgres,
         false => Failed::Panic(payload),

@@ -2,16 +2,8 @@
 //! identifier of its own, beside a primary that goes on. It sends nothing before `outbox.take_over()`.
 
 use kit::ledger::{Ledger, Load};
-use kit::owners::{PATIENCE, WATCHFUL, delivered, owns, take_over, wait_fenced, wait_owner};
+use kit::owners::{LOGICAL, PATIENCE, WATCHFUL, delivered, owns, take_over, wait_applied, wait_fenced, wait_owner};
 use kit::{LIMIT, Mode, Postgres, Redis, Stack, env, holds_for, ids, wait_drained, wait_until};
-
-const LOGICAL: &[(&str, &str)] = &[
-    ("wal_level", "logical"),
-    ("wal_receiver_status_interval", "1s"),
-    // On a loaded machine, Postgres must not give up because of a timeout.
-    ("wal_sender_timeout", "0"),
-    ("wal_receiver_timeout", "0"),
-];
 
 /// A primary and its standby; `None` if this Postgres has no pg_createsubscriber.
 fn primary_and_standby() -> Option<(Stack, Postgres)> {
@@ -44,16 +36,6 @@ fn subscribe(standby: &mut Postgres, primary: &Postgres, databases: &str) {
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(ran.status.success(), "{}\n{}", said(&ran.stdout), said(&ran.stderr));
     standby.configure(&[("outbox_relay.databases", "*")]);
-}
-
-/// Waits until the subscriber has everything that the primary has committed.
-fn wait_applied(primary: &Postgres) {
-    let lsn: String = primary.one("select pg_current_wal_lsn()::text");
-    wait_until("the subscriber to catch up", || {
-        primary.one::<bool>(&format!(
-            "select bool_and(confirmed_flush_lsn >= '{lsn}') from pg_replication_slots where slot_name = 'move'"
-        ))
-    });
 }
 
 /// Otherwise a short outage of the primary would move its streams to a server that nobody uses yet.

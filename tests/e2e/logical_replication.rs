@@ -4,16 +4,8 @@
 use std::time::Duration;
 
 use kit::ledger::{Ledger, Load};
+use kit::owners::{LOGICAL, wait_applied};
 use kit::{Postgres, Stack, types, wait_drained, wait_eq, wait_until};
-
-const LOGICAL: &[(&str, &str)] = &[
-    ("wal_level", "logical"),
-    ("wal_receiver_status_interval", "1s"),
-    // On a loaded machine, Postgres must not give up because of a timeout.
-    ("wal_sender_timeout", "0"),
-    ("wal_receiver_timeout", "0"),
-    ("max_replication_slots", "40"),
-];
 
 /// The new server, with the old one's schema and backends, and a subscription to everything.
 fn subscribed(old: &Postgres) -> Postgres {
@@ -47,16 +39,6 @@ fn subscribed_to(old: &Postgres, what: &str) -> Postgres {
         new.one::<bool>("select count(*) > 0 and bool_and(srsubstate = 'r') from pg_subscription_rel")
     });
     new
-}
-
-/// Waits until the new server has everything that the old one has committed.
-fn wait_caught_up(old: &Postgres) {
-    let lsn: String = old.one("select pg_current_wal_lsn()::text");
-    wait_until("the subscriber to catch up", || {
-        old.one::<bool>(&format!(
-            "select coalesce(bool_and(confirmed_flush_lsn >= '{lsn}'), false) from pg_replication_slots where slot_name = 'old'"
-        ))
-    });
 }
 
 /// The subscription has had no error.
@@ -96,7 +78,7 @@ fn a_new_server_goes_on_where_the_old_one_stopped() {
             wait_drained(&old.pg, "default");
             old.pg.exec("update outbox.backends set enabled = false");
         }
-        wait_caught_up(&old.pg);
+        wait_applied(&old.pg);
         let sent = old.redis.xlen(kit::stack::STREAM);
         let pending: i64 = old.pg.one("select pending from outbox.backend_status");
         assert_eq!(pending > 0, leaves_a_rest, "{pending}");
@@ -139,7 +121,7 @@ fn a_cursor_that_both_servers_insert_at_once_disturbs_nothing() {
         )
     });
     worker.batch_execute("commit").unwrap();
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_undisturbed(&new);
     let total = |table: &str| {
         new.one::<i64>(&format!(
@@ -150,7 +132,7 @@ fn a_cursor_that_both_servers_insert_at_once_disturbs_nothing() {
     // Later changes of it still arrive.
     old.pg
         .exec("update outbox.cursors set published_total = 3 where backend_number = 77");
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_eq!((total("cursors"), total("held_cursors")), (1, 3));
 }
 
@@ -203,7 +185,7 @@ fn a_subscriber_holds_what_comes_and_keeps_what_it_has() {
     run("select outbox.publish_event('last', 's')");
     old.wait_events(43);
     wait_drained(&old.pg, "default");
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_undisturbed(&new);
 
     // State that is not replicated is the new server's own.
@@ -292,7 +274,7 @@ fn a_truncate_of_the_old_server_leaves_the_rows_of_the_new_one() {
     ] {
         old.pg.exec(&format!("truncate outbox.{table}"));
     }
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_undisturbed(&new);
     assert_eq!(new.one::<String>(&all), before);
     assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
@@ -315,7 +297,7 @@ fn events_that_a_lost_server_had_sent_are_found_and_not_repeated() {
     for event in &expected[100..] {
         old.publish(event);
     }
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     old.pg.crash();
     assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 110);
     new.exec("select outbox.take_over('default')");
@@ -360,7 +342,7 @@ fn each_row_of_an_event_of_several_backends_is_sent_by_one_server() {
     load.stop();
     wait_drained(&old.pg, "b");
     old.pg.exec("update outbox.backends set enabled = false");
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_undisturbed(&new);
     let count = |sql: &str| new.one::<i64>(&format!("select count(*) from {sql}"));
     assert!(count("outbox.held_events where backend = 'a' and branch = 1") > 90);
@@ -411,12 +393,12 @@ fn a_row_that_failed_is_retried_on_the_new_server_alone() {
     for backend in ["default", "b"] {
         wait_drained(&old.pg, backend);
     }
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_undisturbed(&new);
     let failed = "select string_agg(format('%s %s %s', f.backend, f.branch, b.name), ',') from outbox.failed_events f left join outbox.backends b on b.number = f.backend_number";
     assert_eq!(new.one::<String>(failed), "a 1 a");
     old.pg.exec("update outbox.backends set enabled = false");
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     new.exec("select outbox.take_over(name) from outbox.backends");
     old.redis.call(&["DEL", "wrong"]);
     assert_eq!(new.one::<i64>("select outbox.retry_failed()"), 1);
@@ -435,7 +417,7 @@ fn an_event_that_becomes_due_on_both_servers_is_sent_once_and_not_held() {
     old.pg.exec(soon);
     let new = subscribed(&old.pg);
     old.pg.exec("update outbox.backends set enabled = false");
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     new.exec("select outbox.take_over('default')");
     let due = |pg: &Postgres| {
         pg.exec("update outbox.scheduled_events set scheduled_at = now()");
@@ -444,7 +426,7 @@ fn an_event_that_becomes_due_on_both_servers_is_sent_once_and_not_held() {
     let left = |pg: &Postgres| pg.one::<i64>("select count(*) from outbox.scheduled_events");
     due(&old.pg);
     wait_eq("what is scheduled", 0, || left(&old.pg));
-    wait_caught_up(&old.pg);
+    wait_applied(&old.pg);
     assert_eq!(left(&new), 5);
     assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
     due(&new);

@@ -17,6 +17,16 @@ pub const WATCHFUL: &[(&str, &str)] = &[
     ("outbox_relay.retry_max_delay", "200ms"),
 ];
 
+/// Settings of a publisher and its subscriber.
+pub const LOGICAL: &[(&str, &str)] = &[
+    ("wal_level", "logical"),
+    ("wal_receiver_status_interval", "1s"),
+    // On a loaded machine, Postgres must not give up because of a timeout.
+    ("wal_sender_timeout", "0"),
+    ("wal_receiver_timeout", "0"),
+    ("max_replication_slots", "40"),
+];
+
 /// Three of the owner's intervals.
 pub const PATIENCE: Duration = Duration::from_millis(600);
 
@@ -61,6 +71,17 @@ pub fn wait_caught_up(primary: &Postgres, standby: &Postgres) {
     let lsn: String = primary.one("select pg_current_wal_flush_lsn()::text");
     wait_until("the standby to have caught up", || {
         standby.one::<bool>(&format!("select pg_last_wal_replay_lsn() >= '{lsn}'"))
+    });
+}
+
+/// Waits until the one subscriber has everything that this server has committed.
+#[track_caller]
+pub fn wait_applied(publisher: &Postgres) {
+    let lsn: String = publisher.one("select pg_current_wal_lsn()::text");
+    wait_until("the subscriber to catch up", || {
+        publisher.one::<bool>(&format!(
+            "select coalesce(bool_and(confirmed_flush_lsn >= '{lsn}'), false) from pg_replication_slots where slot_name in ('old', 'move')"
+        ))
     });
 }
 
