@@ -27,6 +27,11 @@ create function outbox.want_consumers() returns boolean
     as 'MODULE_PATHNAME', 'want_consumers_wrapper';
 comment on function outbox.want_consumers() is 'Makes the worker ask Redis about consumer groups once a second, for a minute. outbox.consumers calls it.';
 
+create function outbox.probe_consumers() returns boolean
+    language c volatile
+    as 'MODULE_PATHNAME', 'probe_consumers_wrapper';
+comment on function outbox.probe_consumers() is 'Makes the worker ask Redis about consumer groups each five seconds, for a minute. True: it did so before. outbox.health() calls it.';
+
 create view outbox.consumers with (security_barrier) as
 select b.name as backend, g.stream, g.consumer_group, g.consumers, g.pending, g.lag, g.unread,
     case when g.pending > 0 then greatest(pg_catalog.clock_timestamp() - g.oldest_pending_at, interval '0') end as oldest_pending_age,

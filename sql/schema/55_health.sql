@@ -187,14 +187,16 @@ create function outbox.consumer_health(out "check" text, out status text, out de
     language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
 #variable_conflict use_column
+declare
+    is_asked constant boolean := outbox.probe_consumers();
 begin
     return query
 with
--- Only what is recent: Redis is asked only while somebody wants to know.
+-- What has not changed is not saved again while Redis is being asked.
 known as (
     select b.name, b.trim, g.*, coalesce(b.max_len, current_setting('outbox_relay.redis_max_len', true)::bigint, 10000) as max_len
     from outbox.consumer_groups g join outbox.backends b on b.number = g.backend_number
-    where clock_timestamp() - g.asked_at between interval '0' and interval '2 min'
+    where clock_timestamp() - g.asked_at between interval '0' and case when is_asked or b.trim = 'read' then interval '1 h' else interval '2 min' end
 ),
 behind as (
     select k.*, coalesce(k.unread, 0) + coalesce(k.pending, 0) as left_over from known k
@@ -203,21 +205,25 @@ behind as (
 late as (
     select b.* from behind b where b.left_over >= b.max_len * 0.8 order by b.left_over desc, b.stream, b.consumer_group limit 10
 ),
-refusals as (select distinct k.name, k.error from known k where k.error is not null order by 1, 2 limit 3)
-select 'consumers', case when exists (select from late) or exists (select from refusals) then 'warn' else 'ok' end,
+refusals as (
+    select distinct k.name, k.error, k.error like 'NOPERM%' as is_forbidden from known k where k.error is not null
+    order by k.name, k.error limit 3
+)
+-- A backend that trims by length works without the right to ask.
+select 'consumers', case when exists (select from late) or exists (select from refusals r where not r.is_forbidden) then 'warn' else 'ok' end,
     coalesce(concat_ws(' ',
             (select string_agg(format('The group "%s" has not acknowledged %s entries of stream "%s" (backend "%s"), which has %s of at most %s.',
                 l.consumer_group, l.left_over, l.stream, l.name, l.length, l.max_len), ' ') from late l),
             (select string_agg(format('Redis cannot be asked about consumer groups of backend "%s": %s.', r.name, r.error), ' ') from refusals r),
             case when not exists (select from late) and not exists (select from refusals) then
                 case when exists (select from known) then 'No stream is near its max_len while a group has not read it.'
-                    else 'Consumer groups are not known at present: read outbox.consumers to have Redis asked.' end end)),
+                    else 'Nothing is known of consumer groups at present: no backend has been asked about them.' end end)),
     nullif(concat_ws(' ',
         (select case when bool_or(l.trim = 'length') then 'Unread entries will be trimmed next.' else 'The backend waits when the stream is full.' end
             || ' Start or add consumers, or raise max_len: ' || string_agg(distinct format('UPDATE outbox.backends SET max_len = %s WHERE name = %L;', 2 * l.max_len, l.name), ' ')
             from late l having count(*) > 0),
-        case when exists (select from refusals r where r.error like 'NOPERM%') then 'Give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end,
-        (select string_agg(distinct outbox.error_hint(r.error), ' ') from refusals r where r.error not like 'NOPERM%')), '');
+        case when exists (select from refusals r where r.is_forbidden) then 'To have consumer groups watched, give the backend''s Redis user +xlen +xinfo|groups +xpending on its streams.' end,
+        (select string_agg(distinct outbox.error_hint(r.error), ' ') from refusals r where not r.is_forbidden)), '');
 end
 $$;
 comment on function outbox.consumer_health() is 'Part of outbox.health(): consumer groups that are about to lose entries, or to stop their backend.';

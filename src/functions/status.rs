@@ -287,9 +287,15 @@ fn wake() {
 #[pg_extern(sql = false)]
 fn want_consumers() -> bool {
     if let Some(slot) = shmem::database_slot_here() {
-        slot.want_consumers();
+        slot.view_consumers();
     }
     true
+}
+
+/// `outbox.probe_consumers()`
+#[pg_extern(sql = false)]
+fn probe_consumers() -> bool {
+    shmem::database_slot_here().is_some_and(|slot| slot.probe_consumers())
 }
 
 crate::sql_function!(backends_changed, pg_finfo_backends_changed);

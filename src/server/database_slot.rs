@@ -4,6 +4,7 @@
 use crate::server::clock;
 use crate::server::shared_text::SharedText;
 use pgrx::pg_sys;
+use relay::consumers::readership::Interest;
 use relay::reading::numbers::Highest;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
@@ -100,8 +101,9 @@ pub(crate) struct DatabaseSlot {
     pub numbers: Highest,
     /// The sequence that the numbers come from.
     sequence: AtomicU32,
-    /// When somebody last wanted to know about consumer groups, see [`clock`]; 0: never.
-    consumers_wanted_at_ms: AtomicU64,
+    /// When somebody last read outbox.consumers, or called outbox.health(), see [`clock`]; 0: never.
+    consumers_viewed_at_ms: AtomicU64,
+    consumers_probed_at_ms: AtomicU64,
     /// When the worker was last asked for a sign of life that it has not given yet, see [`clock`]. 0: it owes none.
     called_at_ms: AtomicU64,
     /// When the worker last began a round, see [`clock`].
@@ -253,18 +255,35 @@ impl DatabaseSlot {
         self.has_questions.load(Ordering::Relaxed) && self.has_questions.swap(false, Ordering::SeqCst)
     }
 
-    /// Notes that somebody wants to know about consumer groups. Wakes the worker if it has not asked Redis lately.
-    pub(crate) fn want_consumers(&self) {
+    /// Notes that somebody reads outbox.consumers. Wakes the worker if nobody has done that lately.
+    pub(crate) fn view_consumers(&self) {
         let before = self
-            .consumers_wanted_at_ms
+            .consumers_viewed_at_ms
             .swap(clock::since_boot_ms(), Ordering::AcqRel);
         if !is_lately(before) {
             set_latch(&self.latch);
         }
     }
 
-    pub(crate) fn wants_consumers(&self) -> bool {
-        is_lately(self.consumers_wanted_at_ms.load(Ordering::Acquire))
+    /// Notes that somebody calls outbox.health(). Returns whether Redis was being asked before.
+    pub(crate) fn probe_consumers(&self) -> bool {
+        let is_asked = self.interest() != Interest::Nobody;
+        self.consumers_probed_at_ms
+            .store(clock::since_boot_ms(), Ordering::Release);
+        if !is_asked {
+            set_latch(&self.latch);
+        }
+        is_asked
+    }
+
+    /// Who wants to know about consumer groups.
+    pub(crate) fn interest(&self) -> Interest {
+        let is_lately = |at_ms: &AtomicU64| is_lately(at_ms.load(Ordering::Acquire));
+        match () {
+            () if is_lately(&self.consumers_viewed_at_ms) => Interest::View,
+            () if is_lately(&self.consumers_probed_at_ms) => Interest::Probe,
+            () => Interest::Nobody,
+        }
     }
 
     /// Asks the worker for a sign of life, unless it has just given one or was asked already.
@@ -356,9 +375,9 @@ impl DatabaseSlot {
     }
 }
 
-/// Whether the last wish to know about consumer groups is recent enough.
-fn is_lately(wanted_at_ms: u64) -> bool {
-    wanted_at_ms > 0 && clock::since_boot_ms().saturating_sub(wanted_at_ms) <= CONSUMERS_WANTED_FOR_MS
+/// Whether somebody who wanted to know about consumer groups then still does.
+fn is_lately(at_ms: u64) -> bool {
+    at_ms > 0 && clock::since_boot_ms().saturating_sub(at_ms) <= CONSUMERS_WANTED_FOR_MS
 }
 
 pub(crate) fn set_latch(latch: &AtomicPtr<pg_sys::Latch>) {

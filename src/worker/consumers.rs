@@ -13,10 +13,10 @@ const MOST_REMEMBERED: usize = 20_000;
 impl Worker {
     /// Asks about consumer groups where that is due.
     pub(super) fn ask_consumers(&mut self, now: Now) {
-        self.consumers_viewed = self.slot.wants_consumers();
-        let (is_viewed, wal) = (self.consumers_viewed, self.flushed);
+        self.interest = self.slot.interest();
+        let (interest, wal) = (self.interest, self.flushed);
         for backend in &mut self.backends {
-            if backend.watch(is_viewed) {
+            if backend.watch(interest) {
                 let (number, lane) = backend.whose();
                 let known = process::transaction(|| {
                     consumers::forget_deleted();
@@ -25,22 +25,26 @@ impl Worker {
                 // If this fails, streams are watched from the next event on.
                 backend.watch_streams(known.unwrap_or_default());
             }
-            if backend.survey_at(is_viewed).is_some_and(|at| at <= now) {
-                backend.ask_consumers(is_viewed, wal, now);
+            if backend.survey_at(interest).is_some_and(|at| at <= now) {
+                backend.ask_consumers(interest, wal, now);
             }
         }
     }
 
-    /// Saves what Redis has answered, for the view.
+    /// Saves what Redis has answered.
     pub(super) fn save_consumers(&mut self, now: Now) {
-        let is_viewed = self.consumers_viewed;
-        if self.backends.iter().all(|b| b.unsaved_consumers(is_viewed).is_none()) {
+        let interest = self.interest;
+        if self
+            .backends
+            .iter()
+            .all(|b| b.unsaved_consumers(interest, now).is_none())
+        {
             return;
         }
         let saved = self.attempt(Task::SaveConsumers, now, |worker| {
             process::transaction(|| {
                 for backend in &worker.backends {
-                    if let Some(found) = backend.unsaved_consumers(is_viewed) {
+                    if let Some(found) = backend.unsaved_consumers(interest, now) {
                         consumers::save(backend.number, backend.lane(), found);
                     }
                 }
@@ -49,7 +53,7 @@ impl Worker {
         });
         if saved.is_some() {
             for backend in &mut self.backends {
-                backend.saved_consumers();
+                backend.saved_consumers(now);
             }
         }
     }

@@ -365,12 +365,7 @@ impl Worker {
                         .retry_at(Task::Retry(b.whose()))
                         .map_or(due, |at| at.max(due))
                 });
-            [
-                attempt,
-                self.save_at(b),
-                b.load_at(),
-                b.survey_at(self.consumers_viewed),
-            ]
+            [attempt, self.save_at(b), b.load_at(), b.survey_at(self.interest)]
         });
         let next = times
             .chain([

@@ -15,6 +15,7 @@ use crate::worker::task::Task;
 use crate::worker::tested::BackendTest;
 use crate::worker::troubles::Troubles;
 use crate::worker::turns::Turns;
+use relay::consumers::readership::Interest;
 use relay::reading::commits::Commits;
 use relay::reading::pace::{Pace, Pieces};
 use relay::reading::snapshot::Tick;
@@ -121,8 +122,8 @@ pub(super) struct Worker {
     pub(super) mending: Mending,
     /// When it was last logged that versions do not match.
     pub(super) mismatch_said: Option<Now>,
-    /// Somebody is looking at outbox.consumers.
-    pub(super) consumers_viewed: bool,
+    /// Who wants to know about consumer groups.
+    pub(super) interest: Interest,
 }
 
 impl Worker {
@@ -176,7 +177,7 @@ impl Worker {
             passed: Passed::default(),
             mending: Mending::default(),
             mismatch_said: None,
-            consumers_viewed: false,
+            interest: Interest::Nobody,
         }
     }
 

@@ -177,11 +177,12 @@ fn a_user_without_the_right_to_ask_is_told_so_by_health() {
         .exec("update outbox.backends set username = 'relay'; select outbox.set_backend_password('default', 'secret')");
     stack.publish("one");
     stack.wait_events(1);
-    assert_eq!(health(&stack.pg).0, "ok");
-    wait_until("a warning", || {
+    // Nobody has to give it, so this is no warning.
+    wait_until("the words", || {
         assert!(shown(&stack.pg).is_empty());
         let (status, detail, hint) = health(&stack.pg);
-        status == "warn" && detail.contains("NOPERM") && hint.is_some_and(|hint| hint.contains("+xinfo|groups"))
+        assert_eq!(status, "ok");
+        detail.contains("NOPERM") && hint.is_some_and(|hint| hint.contains("+xinfo|groups"))
     });
     stack.publish("two");
     stack.wait_events(2);
@@ -246,6 +247,45 @@ fn health_warns_of_a_group_that_is_about_to_lose_entries() {
         shown(&stack.pg);
         health(&stack.pg).0 == "ok"
     });
+}
+
+/// A probe that calls health() is enough: nobody has to read the view. While nothing changes, it writes nothing.
+#[test]
+fn health_alone_has_redis_asked() {
+    let mut stack = Stack::with(&[("outbox_relay.redis_max_len", "1000")]);
+    let mut conn = stack.redis.conn();
+    Group::create(&mut conn, "events", "dead");
+    publish_many(&mut stack.pg.client(), "default", "", "event", 900);
+    let warns = |pg: &Postgres| {
+        let (status, detail, _) = health(pg);
+        status == "warn" && detail.contains("\"dead\"")
+    };
+    wait_until("a warning", || warns(&stack.pg));
+    let saved_at = |pg: &Postgres| -> String { pg.one("select max(asked_at)::text from outbox.consumer_groups") };
+    let (before, saved) = (asked(&stack.redis), saved_at(&stack.pg));
+    wait_until("two more questions", || {
+        assert!(warns(&stack.pg));
+        asked(&stack.redis) >= before + 2
+    });
+    assert_eq!(saved_at(&stack.pg), saved, "an answer that says nothing new was saved");
+    // What was said long ago is believed as long as Redis is being asked.
+    stack
+        .pg
+        .exec("update outbox.consumer_groups set asked_at = asked_at - interval '50 min'");
+    assert!(warns(&stack.pg));
+    // Nobody can answer the first call.
+    stack.redis.sigstop();
+    stack.pg.restart();
+    assert_eq!(health(&stack.pg).0, "ok", "what nobody has asked for long is believed");
+    stack.redis.sigcont();
+    wait_until("a warning after the restart", || warns(&stack.pg));
+    // With trim = 'read' Redis is asked in any case.
+    stack.pg.exec(
+        "update outbox.backends set trim = 'read';
+        update outbox.consumer_groups set asked_at = asked_at - interval '50 min'",
+    );
+    stack.pg.restart();
+    assert!(warns(&stack.pg));
 }
 
 /// Streams of a template may come and go by the thousand, and what was said of each is kept for an hour. The worker

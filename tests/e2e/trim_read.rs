@@ -424,9 +424,9 @@ fn a_group_that_was_set_ahead_of_the_end_leaves_the_last_entry() {
     let mut group = Group::create(&mut conn, "events", "g");
     group.drain(&mut conn);
     let last = publish(&stack, 10);
-    holds_for(Duration::from_millis(2_500), "it has not read them", || {
-        ids(&stack.events()).ends_with(&last)
-    });
+    let has_last = || ids(&stack.events()).ends_with(&last);
+    wait_until("them", has_last);
+    holds_for(Duration::from_millis(2_500), "it has not read them", has_last);
     group.wait_acknowledged(&mut conn, 11);
 }
 

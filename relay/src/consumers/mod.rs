@@ -7,7 +7,7 @@
 //! worker: due ──(order Survey: streams, each with what to trim)──▶ sender, between two batches
 //!                                  EVAL trim script ▶ XLEN, XINFO GROUPS, last id ▶ XPENDING, XINFO CONSUMERS
 //! worker: Readership::surveyed ◀──(report Surveyed: lengths, groups)────┘
-//!    ├─ rows of outbox.consumer_groups, for the view
+//!    ├─ rows of outbox.consumer_groups, for outbox.consumers and outbox.health()
 //!    ├─ what all groups have acknowledged: the goal of the next trimming
 //!    └─ how many entries each stream has room for: without room, the backend waits (`full`)
 //! ```

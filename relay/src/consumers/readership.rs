@@ -15,10 +15,24 @@ use std::time::Duration;
 pub const SURVEY_PAUSE: Duration = Duration::from_secs(1);
 pub const ASKED_AT_ONCE: usize = 200;
 
+/// The pause if only outbox.health() wants to know.
+pub const PROBE_PAUSE: Duration = Duration::from_secs(5);
+
+/// Who wants to know about consumer groups, besides trimming.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Interest {
+    #[default]
+    Nobody,
+    /// Somebody calls outbox.health().
+    Probe,
+    /// Somebody reads outbox.consumers.
+    View,
+}
+
 /// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.)
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How many streams are remembered, for the view and for trimming. If there are more, those are forgotten to which
+/// How many streams are remembered, without trimming and with it. If there are more, those are forgotten to which
 /// nothing was sent for the longest time. A forgotten stream is not trimmed until something is sent to it again.
 const MOST_WATCHED: usize = 1_000;
 const MOST_TRIMMED: usize = 20_000;
@@ -53,7 +67,7 @@ pub struct LeftOut {
 }
 
 pub struct Readership {
-    /// `None`: Redis is only asked for the view.
+    /// `None`: Redis is only asked for outbox.consumers and outbox.health().
     policy: Option<Policy>,
     /// `None`: the own stream belongs to another lane.
     own_stream: Option<Rc<str>>,
@@ -61,7 +75,8 @@ pub struct Readership {
     /// The survey that was ordered, and until when its answer is expected.
     on_its_way: Option<(u64, Now)>,
     surveys: u64,
-    due_at: Now,
+    /// When the last survey began.
+    asked_at: Option<Now>,
     /// Counts what is sent, to order the streams by their last use.
     clock: u64,
     /// Whether the own stream, if there is one, was surveyed, so that sending may begin.
@@ -117,7 +132,7 @@ impl Readership {
             streams,
             on_its_way: None,
             surveys: 0,
-            due_at: Now::ZERO,
+            asked_at: None,
             clock: 0,
             full: None,
             trouble: None,
@@ -229,14 +244,17 @@ impl Readership {
 
     // --- surveys
 
-    /// When the next survey is due; `None`: there is nothing to ask. `is_viewed`: somebody looks at the view.
-    pub fn due_at(&self, is_viewed: bool) -> Option<Now> {
-        if !is_viewed && self.policy.is_none() {
-            return None;
-        }
-        let is_of_use = is_viewed || !self.is_known || self.streams.values().any(|w| !w.is_settled);
-        let due_at = self.on_its_way.map_or(self.due_at, |(_, until)| until);
-        is_of_use.then_some(due_at)
+    /// When the next survey is due; `None`: there is nothing to ask.
+    pub fn due_at(&self, interest: Interest) -> Option<Now> {
+        let has_work = || !self.is_known || self.streams.values().any(|w| !w.is_settled);
+        let pause = match (interest, self.policy) {
+            (Interest::View, _) => SURVEY_PAUSE,
+            (_, Some(_)) if has_work() => SURVEY_PAUSE,
+            (Interest::Probe, None) => PROBE_PAUSE,
+            (_, Some(_)) | (Interest::Nobody, None) => return None,
+        };
+        let due_at = self.asked_at.map_or(Now::ZERO, |at| at + pause);
+        Some(self.on_its_way.map_or(due_at, |(_, until)| until))
     }
 
     /// Whether goals wait for a batch later than `last`.
@@ -248,16 +266,17 @@ impl Readership {
 
     /// Begins a survey. Returns its number and its questions. `last`: the batch that was acknowledged last or is
     /// ordered before the survey; `None`: there is no guard. `trims`: the backend is not paused.
-    pub fn ask(&mut self, now: Now, last: Option<u64>, trims: bool, is_viewed: bool) -> (u64, Vec<Question>) {
+    pub fn ask(&mut self, now: Now, last: Option<u64>, trims: bool, interest: Interest) -> (u64, Vec<Question>) {
         self.surveys += 1;
         self.on_its_way = Some((self.surveys, now + PATIENCE));
-        self.due_at = now + SURVEY_PAUSE;
+        self.asked_at = Some(now);
+        let asks_all = interest == Interest::View || self.policy.is_none();
         let first = |stream: &Rc<str>| [&self.full, &self.own_stream].contains(&&Some(stream.clone()));
         let order = |stream: &Rc<str>, w: &Watched| (!first(stream), w.asked_at);
         let mut chosen: Vec<(_, Rc<str>)> = self
             .streams
             .iter()
-            .filter(|(_, w)| is_viewed || !w.is_settled || w.length.is_none())
+            .filter(|(_, w)| asks_all || !w.is_settled || w.length.is_none())
             .map(|(stream, w)| (order(stream, w), stream.clone()))
             .collect();
         if chosen.len() > ASKED_AT_ONCE {

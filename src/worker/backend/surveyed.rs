@@ -2,11 +2,16 @@
 
 use crate::server::process::repeat_log_after;
 use relay::consumers::group::{GroupName, Surveyed};
+use relay::consumers::readership::Interest;
 use relay::time::Now;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How many groups are remembered whose silence was recently logged.
 const MOST_LOGGED: usize = 100;
+
+/// A result that does not change is saved again after this time. outbox.consumer_health() believes it twice as long.
+const SAVE_AGAIN_AFTER: Duration = Duration::from_secs(30 * 60);
 
 #[derive(Default)]
 pub(super) struct LastSurvey {
@@ -14,6 +19,7 @@ pub(super) struct LastSurvey {
     found: Option<Vec<Surveyed>>,
     /// What was last saved.
     saved: Vec<Surveyed>,
+    saved_at: Option<Now>,
     logged: Vec<(Arc<str>, GroupName, Now)>,
 }
 
@@ -22,15 +28,17 @@ impl LastSurvey {
         self.found = Some(found);
     }
 
-    /// What has to be saved: everything if somebody looks at the view, otherwise only changes.
-    pub(super) fn unsaved(&self, is_viewed: bool) -> Option<&[Surveyed]> {
+    /// What has to be saved: for the view everything, because it shows the time, otherwise changes, so that a probe
+    /// writes no WAL on an idle server.
+    pub(super) fn unsaved(&self, interest: Interest, now: Now) -> Option<&[Surveyed]> {
         let found = self.found.as_deref()?;
-        (is_viewed || found != self.saved).then_some(found)
+        let is_old = || self.saved_at.is_none_or(|at| now >= at + SAVE_AGAIN_AFTER);
+        (interest == Interest::View || found != self.saved || is_old()).then_some(found)
     }
 
-    pub(super) fn is_saved(&mut self) {
+    pub(super) fn is_saved(&mut self, now: Now) {
         if let Some(found) = self.found.take() {
-            self.saved = found;
+            (self.saved, self.saved_at) = (found, Some(now));
         }
     }
 

@@ -8,7 +8,7 @@ use crate::worker::backend::Backend;
 use crate::worker::backend::settings;
 use crate::worker::backend::surveyed::LastSurvey;
 use relay::consumers::group::Surveyed;
-use relay::consumers::readership::{LeftOut, Policy, Readership};
+use relay::consumers::readership::{Interest, LeftOut, Policy, Readership};
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::flight::Contents;
 use relay::sender::orders::Order;
@@ -29,11 +29,11 @@ impl Backend {
         }
     }
 
-    /// Starts or stops watching the streams, depending on the settings and on whether somebody looks at the view. True:
-    /// it has just started, and [`Self::watch_streams`] must be called with the streams known before.
-    pub(crate) fn watch(&mut self, is_viewed: bool) -> bool {
+    /// Starts or stops watching the streams, depending on the settings and on who wants to know. True: it has just
+    /// started, and [`Self::watch_streams`] must be called with the streams known before.
+    pub(crate) fn watch(&mut self, interest: Interest) -> bool {
         let policy = self.trim_policy();
-        if policy.is_none() && (!is_viewed || !self.reads_for_redis()) {
+        if policy.is_none() && (interest == Interest::Nobody || !self.reads_for_redis()) {
             if self.delivery.readership().is_some() {
                 self.delivery.set_readership(None);
                 self.last_survey = LastSurvey::default();
@@ -65,16 +65,16 @@ impl Backend {
     }
 
     /// When to ask Redis; `None`: not now.
-    pub(crate) fn survey_at(&self, is_viewed: bool) -> Option<Now> {
+    pub(crate) fn survey_at(&self, interest: Interest) -> Option<Now> {
         let readership = self.delivery.readership()?;
         let may_ask = self.has_sender() && self.delivery.is_up() && !self.delivery.is_stopped();
-        let is_of_use = self.is_enabled() || is_viewed;
-        readership.due_at(is_viewed).filter(|_| may_ask && is_of_use)
+        let is_of_use = self.is_enabled() || interest != Interest::Nobody;
+        readership.due_at(interest).filter(|_| may_ask && is_of_use)
     }
 
     /// Asks Redis. If no batch is in flight, an empty batch first moves the guard on, so that the entries of the last
     /// batch can be trimmed. `wal`: how far the WAL is flushed.
-    pub(crate) fn ask_consumers(&mut self, is_viewed: bool, wal: u64, now: Now) {
+    pub(crate) fn ask_consumers(&mut self, interest: Interest, wal: u64, now: Now) {
         let mut last = self.delivery.number();
         let trims = self.is_enabled() && !self.is_withheld();
         let waits = self.delivery.readership().is_some_and(|r| r.waits_for_batch(last));
@@ -94,7 +94,7 @@ impl Backend {
             last: readership.policy().is_some(),
             idle: readership.policy().is_some_and(|policy| policy.silence.is_some()),
         };
-        let (number, questions) = readership.ask(now, last, trims, is_viewed);
+        let (number, questions) = readership.ask(now, last, trims, interest);
         if questions.is_empty() {
             return readership.interrupt();
         }
@@ -125,14 +125,14 @@ impl Backend {
         }
     }
 
-    /// What has to be saved of the last survey: everything if somebody looks at the view, otherwise only changes.
-    pub(crate) fn unsaved_consumers(&self, is_viewed: bool) -> Option<&[Surveyed]> {
-        self.last_survey.unsaved(is_viewed)
+    /// What has to be saved of the last survey.
+    pub(crate) fn unsaved_consumers(&self, interest: Interest, now: Now) -> Option<&[Surveyed]> {
+        self.last_survey.unsaved(interest, now)
     }
 
     /// Called when that is saved.
-    pub(crate) fn saved_consumers(&mut self) {
-        self.last_survey.is_saved();
+    pub(crate) fn saved_consumers(&mut self, now: Now) {
+        self.last_survey.is_saved(now);
     }
 
     fn log_left_out(&mut self, left_out: Vec<LeftOut>, now: Now) {

@@ -20,7 +20,7 @@ fn found(stream: &str, length: i64, groups: Vec<Group>) -> Surveyed {
 
 /// Makes one survey without failures. Returns what was to be trimmed.
 fn survey(r: &mut Readership, now: Now, last: u64, found: &[Surveyed]) -> Vec<Question> {
-    let (number, questions) = r.ask(now, Some(last), true, false);
+    let (number, questions) = r.ask(now, Some(last), true, Interest::Nobody);
     assert!(r.surveyed(number, found, last, now).is_some());
     questions
 }
@@ -41,7 +41,7 @@ fn events_sent_after_a_survey_still_use_room() {
     survey(&mut r, S, 1, &[found("own", 10, Vec::new())]);
     r.sent(&own, 20);
     assert_eq!(r.room("own"), 70);
-    let (number, _) = r.ask(2 * S, Some(1), true, false);
+    let (number, _) = r.ask(2 * S, Some(1), true, Interest::Nobody);
     r.sent(&own, 5);
     assert_eq!(r.room("own"), 65, "the survey has not been answered");
     r.surveyed(number, &[found("own", 30, Vec::new())], 1, 2 * S);
@@ -51,9 +51,9 @@ fn events_sent_after_a_survey_still_use_room() {
 #[test]
 fn a_late_answer_to_a_survey_is_ignored() {
     let mut r = readership(100);
-    let (first, _) = r.ask(S, Some(1), true, false);
+    let (first, _) = r.ask(S, Some(1), true, Interest::Nobody);
     r.interrupt();
-    let (second, _) = r.ask(2 * S, Some(1), true, false);
+    let (second, _) = r.ask(2 * S, Some(1), true, Interest::Nobody);
     assert!(r.surveyed(first, &[found("own", 99, Vec::new())], 1, 2 * S).is_none());
     assert!(r.surveyed(second, &[found("own", 1, Vec::new())], 1, 2 * S).is_some());
     assert_eq!(r.room("own"), 99);
@@ -115,10 +115,10 @@ fn a_stream_of_silent_groups_keeps_what_was_sent_since() {
     for second in 1..=6 {
         survey(&mut r, second * S, 1, &[found("own", 10, dead())]);
     }
-    let (number, _) = r.ask(7 * S, Some(1), true, false);
+    let (number, _) = r.ask(7 * S, Some(1), true, Interest::Nobody);
     r.sent(&own, 90);
     r.surveyed(number, &[found("own", 100, dead())], 1, 7 * S);
-    let (_, questions) = r.ask(8 * S, Some(2), true, false);
+    let (_, questions) = r.ask(8 * S, Some(2), true, Interest::Nobody);
     let Some(Trim::To { length, .. }) = questions[0].trim else {
         panic!("{questions:?}");
     };
@@ -129,9 +129,9 @@ fn a_stream_of_silent_groups_keeps_what_was_sent_since() {
 fn a_paused_backend_trims_nothing() {
     let mut r = readership(100);
     survey(&mut r, S, 7, &[found("own", 9, vec![group("g", 9, None)])]);
-    assert_eq!(r.ask(2 * S, Some(8), false, false).1[0].trim, None);
+    assert_eq!(r.ask(2 * S, Some(8), false, Interest::Nobody).1[0].trim, None);
     r.interrupt();
-    assert!(r.ask(3 * S, Some(8), true, false).1[0].trim.is_some());
+    assert!(r.ask(3 * S, Some(8), true, Interest::Nobody).1[0].trim.is_some());
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn a_denied_survey_stops_only_backends_that_trim_by_reading() {
     survey(&mut r, 2 * S, 1, &[found("own", 1, Vec::new())]);
     assert!(r.trouble().is_none() && !r.holds_back());
     let mut viewed = Readership::new(None, Some("own".into()));
-    let (number, _) = viewed.ask(S, Some(1), true, true);
+    let (number, _) = viewed.ask(S, Some(1), true, Interest::View);
     viewed.surveyed(number, &[denied], 1, S);
     assert!(viewed.trouble().is_none() && !viewed.holds_back());
 }
@@ -241,7 +241,7 @@ fn left_out_after(seconds: u32, group: &Group) -> Vec<LeftOut> {
     let mut r = Readership::new(Some(policy), Some("own".into()));
     let mut left_out = Vec::new();
     for second in 1..=seconds {
-        let (number, _) = r.ask(second * S, Some(1), true, false);
+        let (number, _) = r.ask(second * S, Some(1), true, Interest::Nobody);
         let answers = [found("own", 10, vec![group.clone()])];
         left_out = r.surveyed(number, &answers, 1, second * S).expect("it was asked");
     }
@@ -291,7 +291,7 @@ fn a_group_is_not_silent_while_redis_is_not_asked() {
         ..group("g", 3, Some(2))
     };
     let left_out_at = |second: u32, r: &mut Readership| {
-        let (number, _) = r.ask(second * S, Some(1), true, false);
+        let (number, _) = r.ask(second * S, Some(1), true, Interest::Nobody);
         let answers = [found("own", 10, vec![group.clone()])];
         let left_out = r.surveyed(number, &answers, 1, second * S).expect("it was asked");
         left_out.into_iter().map(|group| group.silent).collect::<Vec<_>>()
@@ -318,7 +318,7 @@ fn a_slow_group_that_makes_progress_is_not_silent() {
     };
     let mut r = Readership::new(Some(policy), Some("own".into()));
     for second in 1..=30 {
-        let (number, _) = r.ask(second * S, Some(1), true, false);
+        let (number, _) = r.ask(second * S, Some(1), true, Interest::Nobody);
         // Slow: one entry every four seconds.
         let slow = group("g", 3 + u64::from(second) / 4, None);
         let left_out = r.surveyed(number, &[found("own", 10, vec![slow])], 1, second * S);
@@ -335,7 +335,7 @@ fn many_streams_take_turns_and_the_full_one_goes_first() {
     r.fills_up("s777".into());
     let mut asked: HashMap<Arc<str>, usize> = HashMap::new();
     for second in 1..=6 {
-        let (number, questions) = r.ask(second * S, Some(1), true, false);
+        let (number, questions) = r.ask(second * S, Some(1), true, Interest::Nobody);
         assert_eq!(questions.len(), ASKED_AT_ONCE);
         assert!(questions.iter().any(|q| *q.stream == *"s777"));
         for question in &questions {
@@ -372,15 +372,26 @@ fn half_of_the_streams_is_remembered_even_if_all_are_alike() {
 #[test]
 fn a_backend_with_nothing_to_trim_makes_no_survey() {
     let mut r = readership(100);
-    assert_eq!(r.due_at(false), Some(Now::ZERO));
+    assert_eq!(r.due_at(Interest::Nobody), Some(Now::ZERO));
     survey(&mut r, S, 1, &[found("own", 1, vec![group("g", 1, None)])]);
-    assert_eq!((r.due_at(false), r.due_at(true)), (None, Some(2 * S)));
+    assert_eq!(
+        (r.due_at(Interest::Nobody), r.due_at(Interest::View)),
+        (None, Some(2 * S))
+    );
     r.sent(&"own".into(), 1);
-    assert_eq!(r.due_at(false), Some(2 * S));
+    assert_eq!(r.due_at(Interest::Nobody), Some(2 * S));
     let mut viewed = Readership::new(None, Some("own".into()));
-    assert_eq!((viewed.due_at(false), viewed.due_at(true)), (None, Some(Now::ZERO)));
-    viewed.ask(S, Some(1), true, true);
-    assert_eq!(viewed.due_at(true), Some(S + PATIENCE), "one is on its way");
+    assert_eq!(
+        (viewed.due_at(Interest::Nobody), viewed.due_at(Interest::View)),
+        (None, Some(Now::ZERO))
+    );
+    assert_eq!(viewed.due_at(Interest::Probe), Some(Now::ZERO));
+    let (number, _) = viewed.ask(S, Some(1), true, Interest::Probe);
+    viewed.surveyed(number, &[found("own", 1, vec![])], 1, S);
+    let due = [Interest::Nobody, Interest::Probe, Interest::View].map(|interest| viewed.due_at(interest));
+    assert_eq!(due, [None, Some(S + PROBE_PAUSE), Some(2 * S)]);
+    viewed.ask(S, Some(1), true, Interest::View);
+    assert_eq!(viewed.due_at(Interest::View), Some(S + PATIENCE), "one is on its way");
 }
 
 /// In a cluster, most lanes have only streams that events name.
@@ -391,9 +402,9 @@ fn a_lane_without_the_own_stream_does_not_wait_for_it() {
         silence: None,
     };
     let mut r = Readership::new(Some(policy), None);
-    assert!(!r.holds_back() && r.due_at(false).is_none());
+    assert!(!r.holds_back() && r.due_at(Interest::Nobody).is_none());
     r.sent(&"s".into(), 1);
-    let (_, questions) = r.ask(S, Some(1), true, false);
+    let (_, questions) = r.ask(S, Some(1), true, Interest::Nobody);
     assert_eq!(questions.iter().map(|q| &*q.stream).collect::<Vec<_>>(), ["s"]);
     r.follow(None, None);
     r.follow(Some(policy), None);
