@@ -90,6 +90,23 @@ comment on column outbox.backends.tls_cert_file is 'PEM file of the certificate 
 comment on column outbox.backends.tls_key_file is 'PEM file of the key of tls_cert_file, not encrypted. Nobody else may read it: 0600, or 0640 if root owns it. Needs the rights of pg_read_server_files.';
 comment on column outbox.backends.tls_insecure is 'Accepts any certificate. Use it for experiments only.';
 
+create function outbox.expect_backend_name(name text) returns void
+    -- Its caller may not be allowed to read outbox.backends.
+    language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    if name is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'backend must not be null',
+            hint = 'Names of backends are in outbox.backends.';
+    end if;
+    if not exists (select from outbox.backends b where b.name = expect_backend_name.name) then
+        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name),
+            detail = 'Backends are the rows of outbox.backends.', hint = 'Check the name, or create the backend first.';
+    end if;
+end
+$$;
+comment on function outbox.expect_backend_name(text) is 'Raises an ERROR with an explanation if there is no backend of this name.';
+
 create function outbox.destination(backend outbox.backends) returns jsonb
     language sql stable parallel safe set search_path = pg_catalog, pg_temp
     as $$

@@ -64,6 +64,9 @@ create cast (jsonb[] as outbox.any_value) with function outbox.refuse_value(anye
 create cast (date as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
 create cast (timestamp as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
 create cast (timestamptz as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
+create cast (time as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
+create cast (timetz as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
+create cast (interval as outbox.any_value) with function outbox.refuse_value(anyelement) as implicit;
 
 create type outbox.any_number;
 create function outbox.any_number_in(cstring) returns outbox.any_number language internal immutable strict parallel safe as 'textin';
@@ -81,6 +84,17 @@ create cast (bigint as outbox.any_number) with inout as implicit;
 create cast (numeric as outbox.any_number) with inout as implicit;
 create cast (real as outbox.any_number) with inout as implicit;
 create cast (double precision as outbox.any_number) with inout as implicit;
+-- Here and below, values that would otherwise get "function does not exist".
+create function outbox.refuse_number(value anyelement) returns outbox.any_number
+    language plpgsql immutable set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    raise exception using errcode = 'datatype_mismatch', message = format('a value of type %s is not a number', pg_typeof(value)),
+        detail = 'max_retries is the total number of attempts.', hint = 'Pass a number, or NULL for outbox_relay.max_retries.';
+end
+$$;
+comment on function outbox.refuse_number(anyelement) is 'Raises the error for a max_retries of outbox.publish_event that is no number.';
+create cast (boolean as outbox.any_number) with function outbox.refuse_number(anyelement) as implicit;
 
 create type outbox.any_subject;
 create function outbox.any_subject_in(cstring) returns outbox.any_subject language internal immutable strict parallel safe as 'textin';
@@ -116,3 +130,24 @@ create cast (date as outbox.any_time) with function outbox.any_time(date) as imp
 create cast (text as outbox.any_time) with inout as implicit;
 create cast (varchar as outbox.any_time) with inout as implicit;
 create cast (bpchar as outbox.any_time) with inout as implicit;
+create function outbox.refuse_time(value anyelement) returns outbox.any_time
+    language plpgsql immutable set search_path = pg_catalog, pg_temp
+    as $$
+begin
+    raise exception using errcode = 'datatype_mismatch', message = format('a value of type %s is not a point in time', pg_typeof(value)),
+        detail = 'scheduled_at is the time before which the event is not sent.',
+        hint = case when pg_typeof(value) = 'interval'::regtype then 'Add it to a time: now() + interval ''5 minutes''.'
+            when pg_typeof(value) in ('time'::regtype, 'timetz'::regtype) then 'Pass a date and a time.'
+            else 'Convert it: to_timestamp() takes seconds since 1970.' end;
+end
+$$;
+comment on function outbox.refuse_time(anyelement) is 'Raises the error for a scheduled_at of outbox.publish_event that is no point in time.';
+create cast (interval as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (time as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (timetz as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (smallint as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (integer as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (bigint as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (numeric as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (real as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;
+create cast (double precision as outbox.any_time) with function outbox.refuse_time(anyelement) as implicit;

@@ -144,6 +144,9 @@ declare
     refused bigint := 0;
     reason text;
 begin
+    if backend is not null then
+        perform outbox.expect_backend_name(backend);
+    end if;
     loop
         select * into p from outbox.retry_piece(backend, event_type, event_id, after_seq, after_id, 'infinity', 1000) r;
         exit when p.last_seq is null;
@@ -175,6 +178,9 @@ declare
     refused bigint := 0;
     reason pg_catalog.text;
 begin
+    if backend is not null then
+        perform outbox.expect_backend_name(backend);
+    end if;
     loop
         select * into p from outbox.retry_piece(backend, event_type, null, after_seq, after_id, until, 1000) r;
         commit;
@@ -211,8 +217,10 @@ begin
     select count(*) into discarded from gone g;
     if discarded > 0 then
         raise log '% failed events were discarded', discarded;
+    elsif backend is not null then
+        perform outbox.expect_backend_name(backend);
     end if;
     return discarded;
 end
 $$;
-comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, type and id; NULL means any. Returns how many, and logs a line. See outbox.retry_failed(), which publishes them again.';
+comment on function outbox.discard_failed(text, text, uuid) is 'Deletes failed events for good: those of this backend, which may have been deleted, type and id; NULL means any. Returns how many, and logs a line. See outbox.retry_failed(), which publishes them again.';

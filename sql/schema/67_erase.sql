@@ -72,4 +72,4 @@ begin
             event_id, event_id);
 end
 $$;
-comment on function outbox.erase(uuid) is 'Erases the payload (data, subject and publisher_config) of an event that was sent or has failed. Returns whether it had one. If the event is appended again (healing, replay, retry), its entry has the same event_id, no payload, and the field "erased". An event that waits to be sent is refused. Entries in Redis stay as they are.';
+comment on function outbox.erase(uuid) is 'Erases the payload (data, subject and publisher_config) of an event that was sent or has failed. Returns whether it had one: false also if there is no such event, or not any more. If the event is appended again (healing, replay, retry), its entry has the same event_id, no payload, and the field "erased". An event that waits to be sent is refused. Entries in Redis stay as they are.';

@@ -6,15 +6,12 @@ create function outbox.expect_backend(name text) returns outbox.backends
 declare
     found_backend outbox.backends;
 begin
+    perform outbox.expect_backend_name(name);
     select * into found_backend from outbox.backends b where b.name = expect_backend.name;
-    if not found then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', name),
-            hint = 'Names of backends are in outbox.backends.';
-    end if;
     return found_backend;
 end
 $$;
-comment on function outbox.expect_backend(text) is 'The backend of this name; raises 42704 if there is none.';
+comment on function outbox.expect_backend(text) is 'The backend of this name. Raises an ERROR with an explanation if there is none.';
 
 create function outbox.guard_key(backend text, stream text) returns text
     language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -91,13 +91,6 @@ end
 $$;
 comment on function outbox.condition_query(regclass, text) is 'Part of outbox.attach_table(): a query that can be parsed if the condition fits the columns of the table.';
 
-create function outbox.has_backend(name text) returns boolean
-    language sql stable security definer set search_path = pg_catalog, pg_temp
-    as $$
-select exists (select from outbox.backends b where b.name = has_backend.name)
-$$;
-comment on function outbox.has_backend(text) is 'Part of outbox.attach_table(): whether there is a backend of this name. Its caller may not be allowed to read outbox.backends.';
-
 create function outbox.analyse_as(role oid, query text) returns void
     language c volatile strict
     as 'MODULE_PATHNAME', 'analyse_as';
@@ -233,9 +226,8 @@ begin
         raise exception using errcode = 'feature_not_supported', message = format('column "%s" of table %s is generated and virtual', missing, "table"),
             detail = 'Triggers do not see the values of such columns.', hint = 'Omit it, or generate it as STORED.';
     end if;
-    if nullif(backend, '') is not null and not outbox.has_backend(backend) then
-        raise exception using errcode = 'undefined_object', message = format('backend "%s" does not exist', backend),
-            detail = 'Statements on the table would fail. Backends are the rows of outbox.backends.', hint = 'Check the name, or create the backend first.';
+    if nullif(backend, '') is not null then
+        perform outbox.expect_backend_name(backend);
     end if;
     if key is null then
         key := array(select a.attname from pg_index i cross join unnest(i.indkey::smallint[]) with ordinality k (number, place)

@@ -13,6 +13,7 @@ use crate::tables::catalog::{self, Relations};
 use crate::tables::row::attribute;
 use pgrx::pg_sys;
 use relay::event::binary;
+use relay::event::doubts::holds_json;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -139,7 +140,7 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
     unsafe {
         let argument = &(*fcinfo).args.as_slice(1)[0];
         if argument.isnull {
-            PublishError::NotAnArray.raise();
+            refuse_other_json("null");
         }
         #[cfg(feature = "pg15")]
         pg_sys::SetSingleFuncCall(fcinfo, pg_sys::MAT_SRF_USE_EXPECTED_DESC);
@@ -149,8 +150,14 @@ fn items_of_call(fcinfo: pg_sys::FunctionCallInfo) -> Items {
         if let Err(why) = has_utf8_form(rendered) {
             PublishError::NoUtf8Form { field: "events", why }.raise();
         }
-        serde_json::from_str(utf8_in_context(rendered)).unwrap_or_else(|_| PublishError::NotAnArray.raise())
+        let text = utf8_in_context(rendered);
+        serde_json::from_str(text).unwrap_or_else(|_| refuse_other_json(text))
     }
+}
+
+fn refuse_other_json(text: &str) -> ! {
+    let is_encoded_twice = holds_json(text);
+    PublishError::NotAnArray { is_encoded_twice }.raise()
 }
 
 fn prepared_item(items: &Items, index: usize, relations: &Relations) -> Prepared {

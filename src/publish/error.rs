@@ -73,7 +73,7 @@ pub(super) enum PublishError {
     #[error("an argument of type bytea is not text")]
     NotText,
     #[error("publish_events expects a JSON array of objects")]
-    NotAnArray,
+    NotAnArray { is_encoded_twice: bool },
     #[error("invalid event in publish_events: {message}")]
     BadItem { index: usize, message: String },
 }
@@ -118,7 +118,7 @@ impl PublishError {
             | Self::LongStream { .. }
             | Self::Config(_)
             | Self::TwoPayloads(_)
-            | Self::NotAnArray
+            | Self::NotAnArray { .. }
             | Self::BadItem { .. } => ERRCODE_INVALID_PARAMETER_VALUE,
         }
     }
@@ -177,7 +177,11 @@ impl PublishError {
             Self::Changed => "The relay relies on seq, xid, backend_number and event_id of each row.".into(),
             Self::NoUtf8Form { why, .. } => why.detail(),
             Self::NotText => "It must be JSON, or a value of that argument, in the encoding of the database.".into(),
-            Self::NotAnArray => "Each object has the keys of outbox.publish_event.".into(),
+            Self::NotAnArray { is_encoded_twice: true } => {
+                "It is a JSON string that holds JSON: it was encoded twice, by the application and by its driver."
+                    .into()
+            }
+            Self::NotAnArray { .. } => "Each object has the keys of outbox.publish_event.".into(),
             Self::BadItem { index, .. } => format!("It is element {index} of the array, counted from 0."),
         }
     }
@@ -219,7 +223,10 @@ impl PublishError {
             }
             Self::NoUtf8Form { .. } => "Events are sent as UTF-8. Replace the character, or pass bytes as data_bytes.",
             Self::NotText => "Pass a payload that is bytes as data_bytes.",
-            Self::NotAnArray => "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
+            Self::NotAnArray { is_encoded_twice: true } => "Pass the list itself, or its text as text.",
+            Self::NotAnArray { .. } => {
+                "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}]."
+            }
             Self::BadItem { .. } => {
                 "The keys are event_type, source, data, subject, backend, scheduled_at, max_retries, publisher_config, stream, \
                  data_schema, event_id and data_base64, with values as outbox.publish_event takes them."

@@ -70,6 +70,9 @@ fn discarded_events_are_gone_for_good() {
     assert_eq!(stack.pg.one::<String>(statuses), "two failed");
     stack.redis.call(&["DEL", "wrong"]);
     assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 0);
+    stack
+        .pg
+        .exec("insert into outbox.backends (name, enabled) values ('other', false)");
     assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('other')"), 0);
     assert_eq!(stack.pg.one::<i64>("select outbox.discard_failed('default')"), 1);
     stack.pg.wait_log("2 failed events were discarded");

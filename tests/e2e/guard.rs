@@ -232,8 +232,8 @@ fn the_key_names_installation_database_and_backend() {
         Refused::new(
             "42704",
             "backend \"none\" does not exist",
-            "",
-            "Names of backends are in outbox.backends."
+            "Backends are the rows of outbox.backends.",
+            "Check the name, or create the backend first."
         )
     );
 }

@@ -41,6 +41,7 @@ mod failures;
 mod failures_cluster;
 mod failures_network;
 mod fencing;
+mod first_tries;
 mod floods;
 mod formats;
 mod guard;

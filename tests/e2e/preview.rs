@@ -111,8 +111,8 @@ fn the_rows_of_an_event_are_shown_by_backend_and_stream() {
     let unknown = Refused::new(
         "42704",
         "backend \"a\" does not exist",
-        "",
-        "Names of backends are in outbox.backends.",
+        "Backends are the rows of outbox.backends.",
+        "Check the name, or create the backend first.",
     );
     assert_eq!(refused(", 'a'"), unknown);
     // Of a backend that is gone: by the name that it had.

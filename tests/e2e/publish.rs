@@ -215,8 +215,18 @@ fn publish_events_names_the_wrong_element_and_publishes_none() {
         "Each object has the keys of outbox.publish_event.",
         "Pass for example [{\"event_type\": \"user.created\", \"source\": \"user-service\"}].",
     );
-    for list in [good, "1", "\"[]\"", "null"] {
+    for list in [good, "1", "\"list\"", "null"] {
         assert_eq!(refuse(list), no_array);
+    }
+    // As postgres.js sends JSON.stringify(...).
+    for list in ["\"[]\"", "\"[{\\\"event_type\\\": \\\"t\\\"}]\""] {
+        let encoded_twice = Refused::new(
+            "22023",
+            "publish_events expects a JSON array of objects",
+            "It is a JSON string that holds JSON: it was encoded twice, by the application and by its driver.",
+            "Pass the list itself, or its text as text.",
+        );
+        assert_eq!(refuse(list), encoded_twice);
     }
     stack.publish("marker");
     assert_eq!(types(&stack.wait_events(1)), ["marker"]);

@@ -59,7 +59,7 @@ fn no_call_is_ambiguous() {
 fn no_subject_and_no_time_makes_a_call_ambiguous() {
     let stack = Stack::start();
     let datas = ["'1'", "$", "'1'::json", "'1'::jsonb", "array[1]", "true"];
-    let numbers = ["", "$", "7::bigint", "'7'::text"];
+    let numbers = ["", "$", "7::bigint", "'7'::text", "true"];
     let subjects = [
         "",
         "$",
@@ -80,6 +80,9 @@ fn no_subject_and_no_time_makes_a_call_ambiguous() {
         "current_date",
         "'2100-01-01'::text",
         "'2100-01-01'::varchar",
+        "interval '1 h'",
+        "5",
+        "5::float8",
     ];
     let mut calls = Vec::new();
     for event_type in ["'t'", "$", "'t'::text", "'t'::varchar", "'t'::name"] {
@@ -102,7 +105,7 @@ fn no_subject_and_no_time_makes_a_call_ambiguous() {
             }
         }
     }
-    assert_eq!(calls.len(), 5 * 5 * 6 * 4 * 9 * 8);
+    assert_eq!(calls.len(), 5 * 5 * 6 * 5 * 9 * 11);
     expect_prepared(&stack, &calls);
 }
 

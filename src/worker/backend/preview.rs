@@ -4,7 +4,7 @@ use crate::server::datum::utf8_of;
 use crate::server::encoding::words_to_server;
 use crate::server::error::{expect_arguments, raise};
 use crate::tables::row::EventTexts;
-use crate::tables::sql::{argument, query_named, query_value, text_array};
+use crate::tables::sql::{argument, query, query_named, text_array};
 use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -131,17 +131,11 @@ fn command(sought: &Sought) -> Option<Vec<u8>> {
             Err(error) => refuse_event(&error.to_string()),
         }
     });
-    let is_known = |name: &str| {
-        query_value(
-            "select exists (select from outbox.backends where name = $1)",
-            &[argument(name)],
-        )
-        .unwrap_or(false)
-    };
-    match &sought.backend {
-        Some(name) if found.is_empty() && !is_known(name) => refuse_name(name),
-        _ => found.into_iter().flatten().next(),
+    if let (Some(name), true) = (&sought.backend, found.is_empty()) {
+        // A name that is unknown is an ERROR.
+        query("select outbox.expect_backend_name($1)", &[argument(name)], |_| ());
     }
+    found.into_iter().flatten().next()
 }
 
 /// Finds the event in whichever table it is. If it goes to several streams, this is its first row, or the first of a
@@ -170,17 +164,6 @@ fn refuse_backend(name: &str) -> ! {
         )
         .set_detail("It was deleted, so the event will not be sent.")
         .set_hint("Insert a backend of this name into outbox.backends, and call outbox.retry_failed()."),
-    )
-}
-
-fn refuse_name(name: &str) -> ! {
-    raise(
-        ErrorReport::new(
-            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
-            format!("backend \"{name}\" does not exist"),
-            "",
-        )
-        .set_hint("Names of backends are in outbox.backends."),
     )
 }
 
