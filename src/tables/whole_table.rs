@@ -7,7 +7,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use std::borrow::Cow;
 
-/// Bytes that the texts of a backend may have.
+/// Bytes that the texts of a backend may have together, by the CHECK of outbox.backends.
 const LONGEST: usize = 65_536;
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 

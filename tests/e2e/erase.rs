@@ -9,11 +9,11 @@ fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK).with(&settings), Redis::start())
 }
 
-const PUBLISH: &str = r#"select outbox.publish_event('signed.up', 'shop', '{"name": "Ada"}', subject => 'user/ada', "#;
+const PUBLISH: &str = r#"select outbox.publish_event('signed.up', 'shop', '{"name": "Lovelace"}', subject => 'user/lovelace', "#;
 
 fn published(stack: &Stack) -> Uuid {
     let id = stack.pg.one(&format!(
-        r#"{PUBLISH} publisher_config => '{{"email": "ada@example.org"}}', data_schema => 'http://s')"#
+        r#"{PUBLISH} publisher_config => '{{"email": "lovelace@example.org"}}', data_schema => 'http://s')"#
     ));
     let sent: bool = stack.pg.one(&format!("select outbox.wait_published('{id}')"));
     assert!(sent);
@@ -36,7 +36,7 @@ fn assert_tombstone(entry: &Entry, id: Uuid) {
         assert!(cloud.get(gone).is_none(), "{cloud}");
     }
     let text = format!("{:?}", entry.fields);
-    assert!(!text.to_lowercase().contains("ada"), "{text}");
+    assert!(!text.to_lowercase().contains("lovelace"), "{text}");
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn an_erased_event_is_replayed_and_healed_as_a_tombstone() {
     stack.pg.wait_log(&format!("the payload of event {first} was erased"));
     let left: i64 = stack
         .pg
-        .one("select count(*) from outbox.events e where e::text ~* 'ada'");
+        .one("select count(*) from outbox.events e where e::text ~* 'lovelace'");
     assert_eq!(left, 1, "the other one");
     assert_eq!(stack.pg.one::<i64>("select outbox.replay('default', '-infinity')"), 2);
     let entries = stack.wait_events(4);
@@ -69,7 +69,7 @@ fn an_erased_event_is_replayed_and_healed_as_a_tombstone() {
     let entries = stack.wait_events(2);
     assert_eq!(ids(&entries), [first, second]);
     assert_tombstone(&entries[0], first);
-    assert_eq!(entries[1].field("email"), "ada@example.org");
+    assert_eq!(entries[1].field("email"), "lovelace@example.org");
 }
 
 #[test]
@@ -81,8 +81,8 @@ fn a_failed_event_is_retried_as_a_tombstone() {
         stack.pg.one::<i64>("select count(*) from outbox.failed_events")
     });
     assert_eq!(erase(&stack, id), Ok(true));
-    let left = "select (select count(*) from outbox.events e where e::text ~* 'ada')
-        + (select count(*) from outbox.failed_events f where f::text ~* 'ada')";
+    let left = "select (select count(*) from outbox.events e where e::text ~* 'lovelace')
+        + (select count(*) from outbox.failed_events f where f::text ~* 'lovelace')";
     assert_eq!(stack.pg.one::<i64>(left), 0);
     stack.redis.call(&["DEL", "bad"]);
     assert_eq!(stack.pg.one::<i64>("select outbox.retry_failed()"), 1);

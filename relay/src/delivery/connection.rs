@@ -1,4 +1,4 @@
-//! The connection of a delivery: when it is opened, and what happens when it ends.
+//! The connection of a delivery: how it is opened, and what happens when it ends.
 
 use crate::delivery::Delivery;
 use crate::delivery::flight::Refusal;
@@ -6,23 +6,6 @@ use crate::delivery::refusal::Record;
 use crate::delivery::state::ConnectionState;
 use crate::failure::{Class, Failure};
 use crate::time::Now;
-use std::time::Duration;
-
-/// After a configuration error, the wait is this many times longer than in an outage: somebody has to correct something
-/// first.
-const CONFIGURATION_PATIENCE: u32 = 5;
-
-/// A backend whose node may change looks for the new node at least this often after a small number of failures in a
-/// row.
-const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
-/// Up to this many failures in a row are a small number: a failover takes seconds. After that it is an outage like any
-/// other.
-const HASTY_FAILURES: u32 = 100;
-
-/// Minimum time between attempts that users ask for.
-const ASKED_PAUSE: Duration = Duration::from_secs(1);
-/// This many changes of settings may cause attempts in quicker succession.
-const HASTY_CHANGES: u32 = 4;
 
 impl Delivery {
     /// Somebody has asked for an attempt. There is one, at most once a second. If it fails, the wait continues as if
@@ -31,26 +14,17 @@ impl Delivery {
         let ConnectionState::Down { retry_at } = &mut self.connection else {
             return;
         };
-        let at = self.asked_at.map_or(now, |last| now.max(last + ASKED_PAUSE));
-        if at < *retry_at {
-            self.unasked = self.unasked.or(Some(*retry_at));
-            (self.asked_at, *retry_at) = (Some(at), at);
-        }
+        *retry_at = self.attempts.asked(*retry_at, now);
     }
 
     /// The settings have changed: forget the wait. The first few changes cause an attempt each; after that there is one
     /// attempt a second.
     pub fn retry_changed(&mut self, now: Now) {
-        self.unasked = None;
+        self.attempts.forget_wait();
         let ConnectionState::Down { retry_at } = &mut self.connection else {
             return;
         };
-        // Further changes do not delay an attempt that is already due.
-        *retry_at = *self.changed_at.get_or_insert_with(|| {
-            let at = now.max(self.paid_until.saturating_sub(HASTY_CHANGES * ASKED_PAUSE));
-            self.paid_until = self.paid_until.max(at) + ASKED_PAUSE;
-            at
-        });
+        *retry_at = self.attempts.changed(now);
     }
 
     /// A connection is due, but the worker may not open more.
@@ -75,7 +49,7 @@ impl Delivery {
     }
 
     pub fn connecting(&mut self) {
-        self.changed_at = None;
+        self.attempts.begun();
         self.connection = ConnectionState::Connecting;
     }
 
@@ -92,7 +66,7 @@ impl Delivery {
     /// The sender has logged in. With exactly_once, this server also owns the guard, and what the guard says was
     /// processed.
     pub fn connected(&mut self) {
-        self.unasked = None;
+        self.attempts.forget_wait();
         self.connection = ConnectionState::Up;
     }
 
@@ -128,7 +102,8 @@ impl Delivery {
         };
         // A connection that had worked may have been closed because it was idle. The next attempt is made at once, but
         // only one.
-        let fresh = self.failures == 0 && self.connection == ConnectionState::Up && failure.class == Class::Backend;
+        let fresh =
+            !self.attempts.has_failed() && self.connection == ConnectionState::Up && failure.class == Class::Backend;
         let retry_at = self.failed(failure, now, random);
         if fresh {
             self.trouble = None;
@@ -146,27 +121,14 @@ impl Delivery {
     /// The backend points to another server now. Failures of the former server no longer count.
     pub fn forget_trouble(&mut self) {
         self.trouble = None;
-        self.failures = 0;
-        self.unasked = None;
+        self.attempts.succeeded();
+        self.attempts.forget_wait();
     }
 
     pub(super) fn failed(&mut self, failure: Failure, now: Now, random: f64) -> Now {
-        if let Some(unasked) = self.unasked.take().filter(|at| *at > now) {
-            self.trouble = Some(failure);
-            return unasked;
-        }
-        self.failures = self.failures.saturating_add(1);
-        let patience = if failure.class == Class::Configuration {
-            CONFIGURATION_PATIENCE
-        } else {
-            1
-        };
-        let mut wait = self.backoff.wait(self.failures, random) * patience;
-        if self.follows && failure.class == Class::Backend && self.failures <= HASTY_FAILURES {
-            wait = wait.min(LOOK_UP_WAIT);
-        }
+        let retry_at = self.attempts.failed(failure.class, now, random);
         self.trouble = Some(failure);
-        now + wait.min(self.backoff.max_delay.max(self.backoff.delay))
+        retry_at
     }
 
     pub(super) fn go_down(&mut self, retry_at: Now) {
@@ -181,8 +143,7 @@ impl Delivery {
                 self.streams.waits_again(&stream);
             }
         }
-        self.aside.clear();
-        self.piece.clear();
+        self.ahead.rewind();
         self.in_flight_bytes = 0;
         self.read = self.acked.clone();
         self.streams.abandon();

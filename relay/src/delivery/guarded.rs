@@ -119,7 +119,6 @@ impl Delivery {
         self.stand_at(cursor);
         self.set_reread_to(reread_to);
         self.ahead.clear();
-        self.found.clear();
     }
 
     fn stand_at(&mut self, cursor: Cursor) {
@@ -139,11 +138,7 @@ impl Delivery {
     /// These rows need not be sent, because they are already in their streams. Rows that were found there earlier may
     /// be gone.
     pub fn pass_over(&mut self, seqs: impl IntoIterator<Item = i64>) {
-        for seq in std::mem::take(&mut self.found) {
-            self.ahead.remove(&seq);
-        }
-        self.found.extend(seqs);
-        self.ahead.extend(&self.found);
+        self.ahead.find(seqs);
     }
 
     /// Rows up to this number may be written down as refused, failed, or accepted out of turn.
@@ -188,7 +183,7 @@ impl Delivery {
             number: (self.next_number() + self.flights.len() as u64).min(LAST_NUMBER),
             position: end.unwrap_or(previous),
             previous,
-            compares: !self.found.is_empty(),
+            compares: self.ahead.has_found(),
         }
     }
 
@@ -230,7 +225,7 @@ impl Delivery {
         self.in_doubt
             .get_or_insert_default()
             .retain(|(number, _)| *number > known);
-        self.failures = 0;
+        self.attempts.succeeded();
         self.trouble = None;
         // The guard tells only for the last batch which of its events were refused or which waiting ones were accepted.
         let stops = !refused.is_empty() || matches!(flight.contents, Contents::Waiting { .. });

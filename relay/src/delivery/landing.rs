@@ -27,7 +27,7 @@ impl Delivery {
                 self.connection = ConnectionState::Draining { retry_at };
             }
             None if self.connection == ConnectionState::Up => {
-                self.failures = 0;
+                self.attempts.succeeded();
                 self.trouble = None;
             }
             // These are replies after the first one that blamed the backend.
@@ -87,10 +87,7 @@ impl Delivery {
             }
             Contents::Rows { end } if whole && !gap => {
                 self.ack(end);
-                for seq in &flight.aside {
-                    self.ahead.remove(seq);
-                    self.found.remove(seq);
-                }
+                self.ahead.forget(&flight.aside);
             }
             Contents::Rows { end } => {
                 if let (Some(seq), Some(under_way)) = (passed, end.under_way) {
@@ -109,7 +106,7 @@ impl Delivery {
         now: Now,
         random: f64,
     ) -> Record {
-        let backoff = &self.backoff;
+        let backoff = &self.attempts.backoff;
         let wait = |attempt| backoff.wait(attempt, random);
         self.streams.refused(entry, again, failure, now, wait)
     }
@@ -119,10 +116,8 @@ impl Delivery {
         let rows_in_flight = self.flights.iter().any(|f| matches!(f.contents, Contents::Rows { .. }));
         if !rows_in_flight && !matches!(self.connection, ConnectionState::Draining { .. }) {
             self.ack(self.read.clone());
-            for seq in self.aside.drain(..) {
-                self.ahead.remove(&seq);
-                self.found.remove(&seq);
-            }
+            let passed = self.ahead.take_aside();
+            self.ahead.forget(&passed);
         }
     }
 }

@@ -17,12 +17,16 @@
 //! batches in flight.
 //!
 //! - [`cut`] from the rows of a scan to batches; [`batch`] batches that are being built
-//! - [`state`] the state of the connection; [`connection`] when it is opened, and what happens when it ends
+//! - [`state`] the state of the connection; [`connection`] how it is opened, and what happens when it ends;
+//!   [`attempts`] when it is tried again; [`backoff`]
 //! - [`flight`] batches in flight; [`landing`] evaluates their replies; [`guarded`] the same with a guard
 //! - [`refusal`] streams with refused events, [`waiting`] which of them is tried next, [`retries`] the interface to
-//!   both; [`reread`] rows that are read again; [`backoff`]
-//! - [`max_rate`] how many events a backend may send, [`pace`] what that means for its delivery
+//!   both; [`reread`] rows that are read again, [`ahead`] those of them that are not sent again
+//! - [`max_rate`] how many events a backend may send, [`pace`] and [`allowance`] what that means for its delivery
 
+mod ahead;
+mod allowance;
+mod attempts;
 pub mod backoff;
 pub mod batch;
 mod connection;
@@ -39,6 +43,9 @@ mod state;
 mod waiting;
 
 use crate::consumers::readership::Readership;
+use crate::delivery::ahead::Ahead;
+use crate::delivery::allowance::Allowance;
+use crate::delivery::attempts::Attempts;
 use crate::delivery::backoff::Backoff;
 use crate::delivery::flight::{Answered, BatchedEvent, Contents, Flight, WINDOW_BATCHES, WINDOW_BYTES, Window};
 use crate::delivery::refusal::Streams;
@@ -49,7 +56,7 @@ use crate::failure::{Class, Failure};
 use crate::reading::range::Position;
 use crate::reading::schedule::Supply;
 use crate::time::Now;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// How a backend's batches are appended.
@@ -78,30 +85,11 @@ pub struct Delivery {
     /// read and sent again. So there is one batch after a refusal, and twice as many after each batch without one.
     window_batches: usize,
     connection: ConnectionState,
-    /// Failures of the backend in a row.
-    failures: u32,
-    /// The last or next attempt that a user has asked for.
-    asked_at: Option<Now>,
-    /// The next attempt because of changed settings.
-    changed_at: Option<Now>,
-    /// Each such attempt moves this by a second. It may not lie far ahead.
-    paid_until: Now,
-    /// When the next attempt would be if nobody had asked for one sooner.
-    unasked: Option<Now>,
+    attempts: Attempts,
     /// Why it is down; `None` after the next success.
     trouble: Option<Failure>,
-    /// Rows behind `acked` that must not be sent if they are read again: they were accepted although the backend
-    /// refused an earlier one, or they are written down. They are forgotten when `acked` has passed them.
-    ahead: BTreeSet<i64>,
-    /// Rows of `ahead` that were read since the last batch: before the current piece, and in it.
-    aside: Vec<i64>,
-    piece: Vec<i64>,
-    /// Rows of `ahead` that were found in their streams. That is not written down, so the next owner must look again.
-    found: BTreeSet<i64>,
+    ahead: Ahead,
     streams: Streams,
-    backoff: Backoff,
-    /// Whether another node may replace a lost one.
-    follows: bool,
     accepted: u64,
     /// Rows up to this number may have been written down by an earlier worker, or before Redis lost data.
     reread_to: i64,
@@ -109,14 +97,8 @@ pub struct Delivery {
     reread: Option<Reread>,
     /// Whether a stream is to be tried again as soon as nothing is in flight.
     makes_way: bool,
-    /// How many events it may send now because of `max_rate`; `None`: any number.
-    allowance: Option<usize>,
-    /// The part of these that is reserved for waiting events that are due.
-    reserved: usize,
-    /// Whether there may be more to send, which waits for the pace.
-    is_paced: bool,
-    /// How many events were sent since [`Self::take_sent`] was last called.
-    sent_events: usize,
+    /// What it may send now because of `max_rate`.
+    allowance: Allowance,
     /// Batches that were sent at least in part and whose replies were never read. A guard that is ahead of what is
     /// known must name one of them. `None`: an earlier worker may have sent others (exactly_once).
     in_doubt: Option<Vec<(u64, Position)>>,
@@ -148,10 +130,7 @@ impl Delivery {
             reread: None,
             makes_way: false,
             in_doubt: None,
-            allowance: None,
-            reserved: 0,
-            is_paced: false,
-            sent_events: 0,
+            allowance: Allowance::default(),
             readership: None,
             read: cursor.clone(),
             acked: cursor,
@@ -160,26 +139,17 @@ impl Delivery {
             window_bytes: WINDOW_BYTES,
             window_batches: WINDOW_BATCHES,
             connection: ConnectionState::Down { retry_at: Now::ZERO },
-            failures: 0,
-            asked_at: None,
-            changed_at: None,
-            paid_until: Now::ZERO,
-            unasked: None,
+            attempts: Attempts::new(backoff),
             trouble: None,
-            ahead: BTreeSet::new(),
-            aside: Vec::new(),
-            piece: Vec::new(),
-            found: BTreeSet::new(),
+            ahead: Ahead::default(),
             streams,
-            backoff,
-            follows: false,
             accepted: 0,
         }
     }
 
     /// A shorter backoff also shortens waits that have begun.
     pub fn set_backoff(&mut self, backoff: Backoff, now: Now) {
-        self.backoff = backoff;
+        self.attempts.backoff = backoff;
         self.streams.hasten(|attempts| now + backoff.wait(attempts, 1.0));
     }
 
@@ -190,7 +160,7 @@ impl Delivery {
 
     /// Whether another node may replace a lost one. Then the wait for a failed node is short.
     pub fn set_follows(&mut self, follows: bool) {
-        self.follows = follows;
+        self.attempts.follows = follows;
     }
 
     pub fn guarantee(&self) -> Guarantee {
@@ -248,9 +218,7 @@ impl Delivery {
             whole_batches: self.window_batches,
             bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
             whole_bytes: self.window_bytes,
-            events: self
-                .allowance
-                .map_or(usize::MAX, |events| events.saturating_sub(self.reserved)),
+            events: self.allowance.for_rows(),
         }
     }
 
@@ -331,7 +299,7 @@ impl Delivery {
             (Some(failure), _) if failure.class == Class::Copy => State::Copy,
             (Some(failure), _) if failure.class == Class::Full => State::Full,
             (Some(_), _) => State::Backoff,
-            (None, true) if !self.is_paced => State::Idle,
+            (None, true) if !self.is_paced() => State::Idle,
             (None, _) => State::Sending,
         }
     }
@@ -352,13 +320,12 @@ impl Delivery {
     /// A row was skipped, or parked and written down, according to [`Self::on_row`]. Must be called before
     /// [`Self::advanced`].
     pub fn skipped(&mut self, seq: i64) {
-        self.ahead.insert(seq);
-        self.piece.push(seq);
+        self.ahead.skip(seq);
     }
 
     /// What to do with a row that was read.
     pub fn on_row(&self, seq: i64, stream: &str) -> RowFate {
-        if self.ahead.contains(&seq) {
+        if self.ahead.contains(seq) {
             RowFate::Skip
         } else if self.streams.is_blocked(stream) {
             RowFate::Park
@@ -370,7 +337,7 @@ impl Delivery {
     /// The reader has reached `position`. Every row before it was sent, parked or skipped.
     pub fn advanced(&mut self, position: Position) {
         self.read = position;
-        self.aside.append(&mut self.piece);
+        self.ahead.end_piece();
         self.ack_what_was_read();
     }
 
@@ -378,13 +345,13 @@ impl Delivery {
     /// read from now on go behind the batch.
     pub fn sent(&mut self, entries: Vec<BatchedEvent>, contents: Contents, bytes: usize) {
         let aside = match &contents {
-            Contents::Rows { .. } => std::mem::take(&mut self.aside),
+            Contents::Rows { .. } => self.ahead.take_aside(),
             Contents::Waiting { all } => {
                 all.iter().for_each(|stream| self.streams.released(stream));
                 Vec::new()
             }
         };
-        self.spend(entries.len());
+        self.allowance.spend(entries.len());
         if let Some(readership) = &mut self.readership {
             for run in entries.chunk_by(|a, b| Rc::ptr_eq(&a.stream, &b.stream)) {
                 readership.sent(&run[0].stream, run.len() as i64);
@@ -406,11 +373,10 @@ impl Delivery {
         let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
         let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_calm;
         if rests {
-            self.failures = 0;
+            self.attempts.succeeded();
         }
         if rests && is_all_read {
             self.ahead.clear();
-            self.found.clear();
             (self.reread_to, self.reread) = (0, None);
         }
         rests && self.trouble.take().is_some()

@@ -7,29 +7,20 @@ use crate::time::Now;
 impl Delivery {
     /// From now on it may send this many events; `None`: any number. `wants`: there may be events to send.
     pub fn allow(&mut self, events: Option<usize>, wants: bool, now: Now) {
-        self.allowance = events;
-        self.is_paced = wants && events == Some(0);
         // Rows are read before waiting events are tried again, and would otherwise use up all tokens.
         let is_due = self.streams.next_retry_at().is_some_and(|at| at <= now);
-        self.reserved = events.filter(|_| is_due).map_or(0, |events| events.div_ceil(2));
+        let reserved = events.filter(|_| is_due).map_or(0, |events| events.div_ceil(2));
+        self.allowance.grant(events, reserved, wants);
     }
 
     /// Whether there may be more to send, which waits for the pace.
     pub fn is_paced(&self) -> bool {
-        self.is_paced
+        self.allowance.is_paced()
     }
 
     /// How many events were sent since this was last called.
     pub fn take_sent(&mut self) -> usize {
-        std::mem::take(&mut self.sent_events)
-    }
-
-    pub(super) fn spend(&mut self, events: usize) {
-        self.sent_events += events;
-        if let Some(left) = &mut self.allowance {
-            *left = left.saturating_sub(events);
-            self.is_paced = *left == 0;
-        }
+        self.allowance.take_sent()
     }
 }
 

@@ -46,7 +46,7 @@ impl Delivery {
             return Vec::new();
         }
         self.makes_way = false;
-        let most = self.allowance.unwrap_or(usize::MAX);
+        let most = self.allowance.for_waiting();
         if most == 0 || self.room_but_for_pace().is_none() {
             return Vec::new();
         }
