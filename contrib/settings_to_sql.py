@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 
 
@@ -43,6 +44,13 @@ def mapping(value, what):
     return value or {}
 
 
+def host(script, value):
+    """A host. Of a URL, the parts belong into columns of their own."""
+    if value and "://" in str(value):
+        script.say(f"CHECK: the host {value!r} is a URL. Set host, port, db, username and tls of the backend from it.")
+    return value or None
+
+
 class Script:
     """The SQL that is printed."""
 
@@ -60,6 +68,12 @@ class Script:
     def gap(self):
         if self.lines and self.lines[-1]:
             self.lines.append("")
+
+    def connect(self, database):
+        """A command of psql, which ends with its line."""
+        if re.search(r"[\0\r\n]", database):
+            raise Unusable("the name of a database contains a line break")
+        self.sql(f"\\connect {quoted_name(database)}")
 
     def setting(self, name, value):
         self.sql(f"alter system set outbox_relay.{name} = {literal(value)};")
@@ -80,8 +94,7 @@ class Script:
             self.sql(f"select outbox.set_backend_password({literal(name)}, {literal(password)});")
         else:
             self.say("It has a password. After this script, set it by this command, which shows it in no log and no history:")
-            quoted = "'" + name.replace("'", "'\\''") + "'"
-            self.say(f"    psql -v backend={quoted} -f contrib/set_backend_password.sql")
+            self.say(f"    psql -v backend={shlex.quote(name)} -f contrib/set_backend_password.sql")
         return True
 
     def print(self):
@@ -104,11 +117,8 @@ def django_settings(source):
     """The three settings of a module, a file, or standard input."""
     if source == "-" or source.endswith(".json"):
         given = json.loads(sys.stdin.read() if source == "-" else pathlib.Path(source).read_text(encoding="utf-8"))
-    elif source.endswith(".py"):
-        given = runpy.run_path(source)
     else:
-        sys.path.insert(0, os.getcwd())
-        given = vars(importlib.import_module(source))
+        given = settings_module(source)
     if not isinstance(given, dict):
         raise Unusable("expected an object with the keys " + ", ".join(SETTINGS))
     found = {name: given.get(name) or {} for name in SETTINGS}
@@ -118,6 +128,17 @@ def django_settings(source):
         if not isinstance(value, dict):
             raise Unusable(f"{name} is not a dictionary")
     return found
+
+
+def settings_module(source):
+    """The names of a module or a .py file. Whatever its code raises is reported in one line."""
+    try:
+        if source.endswith(".py"):
+            return runpy.run_path(source)
+        sys.path.insert(0, os.getcwd())
+        return vars(importlib.import_module(source))
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        raise Unusable(" ".join(f"{source} cannot be loaded: {type(error).__name__}: {error}".split())) from error
 
 
 def whole_number(script, name, value, lowest, highest):
@@ -151,6 +172,7 @@ def django_backend(script, name, config, shows_passwords):
     config = config if isinstance(config, dict) else {}
     if config.get("BACKEND") not in REDIS_BACKENDS:
         script.say(f"NOT CONVERTED: its BACKEND is {config.get('BACKEND')!r}. outbox_relay writes only to Redis Streams.")
+        script.say(f"If that is a RedisStreamBackend of your own, name {REDIS_BACKENDS[0]} instead, and convert again.")
         return False
     label = f"OUTBOX_PUBLISHERS[{name!r}]['OPTIONS']"
     options = mapping(config.get("OPTIONS"), label)
@@ -163,7 +185,7 @@ def django_backend(script, name, config, shows_passwords):
     elif max_len == 0:
         script.say("CHECK: with max_len 0, django-broadcaster removes every entry. Here 0 means that nothing is trimmed.")
     columns = {
-        "host": options.get("host", "localhost") or None,
+        "host": host(script, options.get("host", "localhost")),
         "port": whole_number(script, f"{label}['port']", options.get("port", 6379), 1, 65535),
         "db": whole_number(script, f"{label}['db']", options.get("db", 0), 0, 65535),
         "stream_name": plain_name(options.get("stream_name", "events")),
@@ -409,7 +431,8 @@ def sequin_config(source):
 
 
 def substituted(value):
-    """Replaces ${NAME:-default} as Sequin does. A variable that is not set, and has no default, stays as it is written."""
+    """Replaces ${NAME}, ${NAME:-default} and ${NAME-default}, whose default may have such a name too, as Sequin does. A
+    variable that is not set, and has no default, stays as it is written."""
     if isinstance(value, dict):
         return {key: substituted(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -419,18 +442,20 @@ def substituted(value):
 
     def known(match):
         found = os.environ.get(match[1])
-        return found if found else match[2] if match[2] is not None else match[0]
+        if match[3] is None:
+            return match[0] if found is None else found
+        return substituted(match[3]) if found is None or (match[2] and not found) else found
 
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", known, value)
+    return re.sub(r"\$\{(\w+)(?:(:)?-((?:[^{}]|\{[^{}]*\})*))?\}", known, value)
 
 
-def quoted(name):
+def quoted_name(name):
     """A name in a condition. A plain "user" there would be the role."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def table_name(name):
-    return ".".join(part if re.fullmatch(r"[a-z_][a-z0-9_$]*", part) else quoted(part) for part in name.split("."))
+    return ".".join(part if re.fullmatch(r"[a-z_][a-z0-9_$]*", part) else quoted_name(part) for part in name.split("."))
 
 
 def comparison(left, operator, wanted):
@@ -447,7 +472,7 @@ def comparison(left, operator, wanted):
 
 def filtered(given):
     """A filter on a column or on a part of its JSON, as SQL; None if it has no equivalent."""
-    column = quoted(str(given.get("column_name") or ""))
+    column = quoted_name(str(given.get("column_name") or ""))
     operator = str(given.get("operator", "=")).lower()
     wanted = given.get("comparison_value")
     if column == '""':
@@ -491,30 +516,46 @@ def sequin_tables(script, sink):
     return tables
 
 
+DESTINATION = ("type", "host", "port", "stream_key", "database", "tls", "username", "password")
+
+
+def sequin_destination(script, destination):
+    """The columns of a backend. What is missing, or has no equivalent, is named."""
+    unset = sorted(set(re.findall(r"\$\{(\w+)", json.dumps(destination, default=str))))
+    if unset:
+        script.say(f"CHECK: these environment variables are not set: {', '.join(unset)}. Set them, and convert again.")
+    for key in destination:
+        if key not in DESTINATION:
+            script.say(f"CHECK: its destination's {key!r} is not converted.")
+    if not destination.get("host"):
+        script.say("CHECK: its destination has no host: outbox_relay.redis_host is used.")
+    if not destination.get("stream_key"):
+        script.say("CHECK: its destination has no stream_key: events go to the stream outbox_relay.redis_stream_name.")
+    tls = str(destination.get("tls") or "").lower()
+    if tls not in ("true", "1", "false", "0", ""):
+        script.say(f"CHECK: tls is {destination['tls']!r}, but must be true or false. It is taken for true.")
+    return {
+        "host": host(script, destination.get("host")),
+        "port": whole_number(script, "port", destination.get("port", 6379), 1, 65535),
+        "db": whole_number(script, "database", destination.get("database", 0), 0, 65535),
+        "username": destination.get("username") or None,
+        "tls": None if tls in ("false", "0", "") else True,
+        "stream_name": plain_name(destination.get("stream_key")),
+        # Sequin does not trim.
+        "max_len": 0,
+    }
+
+
 def sequin_sink(script, sink, attached, shows_passwords):
-    name = str(mapping(sink, "a sink").get("name", ""))
+    name = str(sink.get("name", ""))
     destination = mapping(sink.get("destination"), "destination")
     script.gap()
     script.say(f"Sink {name!r} of the database {sink.get('database')!r}")
     if destination.get("type") not in ("redis_stream", "redis"):
         script.say(f"NOT CONVERTED: its destination is {destination.get('type')!r}. outbox_relay writes only to Redis Streams.")
         return
-    is_there = script.backend(
-        name,
-        {
-            "enabled": False if sink.get("status") == "disabled" else None,
-            "host": destination.get("host"),
-            "port": whole_number(script, "port", destination.get("port", 6379), 1, 65535),
-            "db": whole_number(script, "database", destination.get("database", 0), 0, 65535),
-            "username": destination.get("username") or None,
-            "tls": True if destination.get("tls") in (True, "true") else None,
-            "stream_name": plain_name(destination.get("stream_key")),
-            # Sequin does not trim.
-            "max_len": 0,
-        },
-        destination.get("password"),
-        shows_passwords,
-    )
+    columns = {"enabled": False if sink.get("status") == "disabled" else None, **sequin_destination(script, destination)}
+    is_there = script.backend(name, columns, destination.get("password"), shows_passwords)
     if not is_there:
         return
     operations = ",".join(action for action in ("insert", "update", "delete") if action in (sink.get("actions") or [action]))
@@ -541,9 +582,18 @@ def sequin(source, shows_passwords):
     script.say("tables. Entries do not have Sequin's fields (record, changes, action, metadata): consumers find the row in the")
     script.say("data of cloud_event. Remove each table from Sequin's publication in the same transaction; otherwise a change may be")
     script.say("sent by both, or by neither.")
-    attached = {}
+    sinks_of = {}
     for sink in config["sinks"]:
-        sequin_sink(script, sink, attached, shows_passwords)
+        sinks_of.setdefault(mapping(sink, "a sink").get("database"), []).append(sink)
+    names = {known.get("name"): known.get("database") for known in config.get("databases") or [] if isinstance(known, dict)}
+    for database, sinks in sinks_of.items():
+        if len(sinks_of) > 1:
+            script.gap()
+            script.say(f"CHECK: the database {database!r} of Sequin must be on this server, and have the extension.")
+            script.connect(str(names.get(database) or database))
+        attached = {}
+        for sink in sinks:
+            sequin_sink(script, sink, attached, shows_passwords)
     for key in ("change_retentions", "functions", "transforms", "http_endpoints"):
         if config.get(key):
             script.gap()

@@ -273,3 +273,165 @@ fn settings_that_cannot_be_read_are_reported_in_one_line() {
         assert!(said.contains(words) && said.lines().count() == 1, "{said}");
     }
 }
+
+/// Ordinary settings modules look up their environment, and fail in their own ways where it is not set.
+#[test]
+fn a_settings_module_that_fails_is_reported_in_one_line() {
+    let dir = env::server_dir("settings");
+    let redis = "OUTBOX_PUBLISHERS = {'main': {'BACKEND': 'django_broadcaster.backends.RedisStreamBackend', 'OPTIONS': {'host': HOST}}}";
+    for (name, text, words) in [
+        (
+            "key",
+            "import os\nos.environ['NOT_SET_ANYWHERE']",
+            "cannot be loaded: KeyError: 'NOT_SET_ANYWHERE'",
+        ),
+        (
+            "own",
+            "class ImproperlyConfigured(Exception): pass\nraise ImproperlyConfigured('set it')",
+            "cannot be loaded: ImproperlyConfigured: set it",
+        ),
+        ("syntax", "OUTBOX_PUBLISHERS = {", "cannot be loaded: SyntaxError: "),
+        ("relative", "from .base import *", "cannot be loaded: ImportError: "),
+    ] {
+        let path = dir.path().join(format!("{name}.py"));
+        std::fs::write(&path, text).expect("it can be written");
+        let said = convert(&["django", path.to_str().expect("UTF-8")], "", &[]).expect_err("it is refused");
+        assert!(said.contains(words) && said.lines().count() == 1, "{said}");
+    }
+    let path = dir.path().join("good.py");
+    let nested =
+        format!("import os\nHOST = os.environ.get('NOT_SET_ANYWHERE', os.environ.get('A_HOST', 'x'))\n{redis}\n");
+    std::fs::write(&path, nested).expect("it can be written");
+    let script = convert(
+        &["django", path.to_str().expect("UTF-8")],
+        "",
+        &[("A_HOST", "redis.internal")],
+    )
+    .expect("it converts");
+    assert!(script.contains("'redis.internal'"), "{script}");
+}
+
+#[test]
+fn an_own_backend_of_django_broadcaster_is_not_taken_for_another_broker() {
+    let given = r#"{"OUTBOX_PUBLISHERS": {"tls": {"BACKEND": "shop.TlsRedisBackend", "OPTIONS": {"host": "rediss://redis.internal:6380/0"}},
+        "url": {"BACKEND": "django_broadcaster.backends.RedisStreamBackend", "OPTIONS": {"host": "rediss://redis.internal:6380/0"}}}}"#;
+    let script = convert(&["django", "-"], given, &[]).expect("it converts");
+    for words in [
+        "If that is a RedisStreamBackend of your own, name django_broadcaster.backends.RedisStreamBackend instead, and convert again.",
+        "-- CHECK: the host 'rediss://redis.internal:6380/0' is a URL. Set host, port, db, username and tls of the backend from it.",
+    ] {
+        assert!(script.contains(words), "{words} is not in\n{script}");
+    }
+}
+
+fn sink(destination: &str) -> String {
+    format!("sinks:\n- name: s\n  database: db\n  table: t\n  destination: {{type: redis_stream, {destination}}}\n")
+}
+
+/// What would change where events go, or how they are protected, is not left out silently.
+#[test]
+fn what_a_sink_of_sequin_lacks_or_has_besides_is_named() {
+    for (destination, words) in [
+        (
+            "stream_key: s",
+            "-- CHECK: its destination has no host: outbox_relay.redis_host is used.",
+        ),
+        (
+            "host: h",
+            "-- CHECK: its destination has no stream_key: events go to the stream outbox_relay.redis_stream_name.",
+        ),
+        (
+            "host: h, stream_key: s, url: 'rediss://h'",
+            "-- CHECK: its destination's 'url' is not converted.",
+        ),
+        (
+            "host: 'rediss://h', stream_key: s",
+            "-- CHECK: the host 'rediss://h' is a URL.",
+        ),
+        (
+            "host: h, stream_key: s, tls: 'maybe'",
+            "-- CHECK: tls is 'maybe', but must be true or false. It is taken for true.",
+        ),
+        (
+            "host: '${NO_SUCH_HOST}', stream_key: s",
+            "-- CHECK: these environment variables are not set: NO_SUCH_HOST.",
+        ),
+    ] {
+        let script = convert(&["sequin", "-"], &sink(destination), &[]).expect("it converts");
+        assert!(script.contains(words), "{words} is not in\n{script}");
+    }
+    for (tls, expected) in [
+        ("true", true),
+        ("'1'", true),
+        ("'true'", true),
+        ("True", true),
+        ("false", false),
+        ("'0'", false),
+        ("''", false),
+    ] {
+        let script = convert(
+            &["sequin", "-"],
+            &sink(&format!("host: h, stream_key: s, tls: {tls}")),
+            &[],
+        )
+        .expect("it converts");
+        assert_eq!(script.contains("tls = excluded.tls"), expected, "{tls}: {script}");
+        assert!(!script.contains("CHECK"), "{script}");
+    }
+}
+
+#[test]
+fn variables_in_a_configuration_of_sequin_are_replaced_as_it_does() {
+    let variables = [("A_HOST", "first"), ("EMPTY", "")];
+    for (given, expected) in [
+        ("${A_HOST}", "first"),
+        ("${A_HOST:-other}", "first"),
+        ("${NOT_SET_1:-other}", "other"),
+        ("${NOT_SET_1-other}", "other"),
+        ("${EMPTY:-other}", "other"),
+        ("${NOT_SET_1:-${A_HOST}}", "first"),
+        ("${NOT_SET_1:-${NOT_SET_2:-other}}", "other"),
+        ("a-${A_HOST}-${NOT_SET_1:-b}", "a-first-b"),
+    ] {
+        let script = convert(
+            &["sequin", "-"],
+            &sink(&format!("host: \"{given}\", stream_key: s")),
+            &variables,
+        )
+        .expect("it converts");
+        assert!(script.contains(&format!("'{expected}', 6379")), "{given}: {script}");
+        assert!(!script.contains("CHECK"), "{script}");
+    }
+}
+
+/// Each table is attached in its own database.
+#[test]
+fn sinks_of_several_databases_run_in_each_of_them() {
+    let pg = Postgres::with(&[("outbox_relay.enabled", "off")]).start();
+    let sinks = r#"
+databases:
+  - {name: shop, database: "Shop one"}
+  - {name: crm, database: crm}
+sinks:
+  - {name: orders, database: shop, table: orders, destination: {type: redis_stream, host: h, stream_key: orders}}
+  - {name: people, database: crm, table: people, destination: {type: redis_stream, host: h, stream_key: people}}
+  - {name: bills, database: shop, table: bills, destination: {type: redis_stream, host: h, stream_key: bills}}
+"#;
+    pg.exec("create database \"Shop one\"");
+    pg.exec("create database crm");
+    for (database, tables) in [("Shop one", &["orders", "bills"][..]), ("crm", &["people"])] {
+        pg.exec_db(database, "create extension outbox_relay");
+        for table in tables {
+            pg.exec_db(database, &format!("create table {table} (id int primary key)"));
+        }
+    }
+    let script = convert(&["sequin", "-"], sinks, &[]).expect("it converts");
+    run(&pg, &script);
+    let attached = |database: &str| {
+        let sql = "select string_agg(relation::text, ', ' order by relation::text) from outbox.attached_tables
+            where exists (select from outbox.backends b where b.name = relation::text)";
+        pg.one_db::<Option<String>>(database, sql)
+    };
+    assert_eq!(attached("Shop one").as_deref(), Some("bills, orders"));
+    assert_eq!(attached("crm").as_deref(), Some("people"));
+}
