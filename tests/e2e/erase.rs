@@ -9,7 +9,8 @@ fn stack() -> Stack {
     Stack::of(Postgres::with(QUICK).with(&settings), Redis::start())
 }
 
-const PUBLISH: &str = r#"select outbox.publish_event('signed.up', 'shop', '{"name": "Lovelace"}', subject => 'user/lovelace', "#;
+const PUBLISH: &str =
+    r#"select outbox.publish_event('signed.up', 'shop', '{"name": "Lovelace"}', subject => 'user/lovelace', "#;
 
 fn published(stack: &Stack) -> Uuid {
     let id = stack.pg.one(&format!(

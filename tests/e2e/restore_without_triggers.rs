@@ -274,7 +274,9 @@ fn a_trigger_that_was_switched_off_is_on_again() {
                 .pg
                 .exec(&format!("alter table outbox.{table} {act} trigger \"{name}\""));
         }
-        stack.pg.exec(&format!("drop trigger \"{name}\" on outbox.{table}"));
+        // Postgres refuses this while the worker is setting the same trigger to ENABLE ALWAYS.
+        let sql = format!("drop trigger if exists \"{name}\" on outbox.{table}");
+        wait_until("it to be dropped", || stack.pg.client().batch_execute(&sql).is_ok());
     }
     for table in [
         "events",
