@@ -81,3 +81,19 @@ fn links_and_paths_have_targets() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+/// Of two headings with the same words, a link reaches only the first.
+#[test]
+fn headings_of_a_document_differ() {
+    let mut twice = Vec::new();
+    for document in documents(&["", "docs/", "docs/design/", "examples/"]) {
+        let (_, prose) = parse(&document);
+        let mut seen = BTreeSet::new();
+        for heading in prose.lines().filter(|line| line.starts_with('#')) {
+            if !seen.insert(anchor(heading.trim_start_matches('#').trim())) {
+                twice.push(format!("{document}: {heading}"));
+            }
+        }
+    }
+    assert!(twice.is_empty(), "{twice:#?}");
+}
