@@ -4,10 +4,10 @@ use crate::publish::error::PublishError;
 use crate::publish::json;
 use crate::publish::trace;
 use crate::server::encoding::{has_utf8_form, utf8};
-use crate::server::guc;
+use crate::server::{error, guc};
 use pgrx::pg_sys;
 use relay::delivery::refusal::MOST_ATTEMPTS;
-use relay::event::further_fields;
+use relay::event::{ConfigError, further_fields};
 use std::borrow::Cow;
 use std::ffi::CString;
 
@@ -139,7 +139,10 @@ pub(super) fn check_config(request: &Request<'_>, own_fields: &[&str]) -> Result
     let Some(config) = request.publisher_config.as_deref() else {
         return Ok(());
     };
-    let fields = further_fields(&decoded(config), own_fields)?;
+    let fields = match further_fields(&decoded(config), own_fields) {
+        Err(ConfigError::NoMemory(_)) => error::no_memory(),
+        fields => fields?,
+    };
     // The size counts numbers with all their digits, as jsonb stores them.
     let sent: usize = fields.iter().map(|(key, value)| key.len() + value.len()).sum();
     check_size(size_of(&request.texts()) + sent.saturating_sub(config.len()))

@@ -50,6 +50,12 @@ pub(crate) fn strict_arguments<const COUNT: usize>(fcinfo: pg_sys::FunctionCallI
     }
 }
 
+/// Raises the ERROR that Postgres raises if it gets no memory.
+pub(crate) fn no_memory() -> ! {
+    let report = ErrorReport::new(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY, "out of memory", "");
+    raise(report.set_detail("There is not enough for an event."))
+}
+
 /// Raises an internal error: one of our own objects or assumptions is broken.
 pub(crate) fn internal(message: impl Into<String>) -> ! {
     raise(ErrorReport::new(

@@ -5,7 +5,7 @@
 //!   wake the worker; [`object_access`] extension and databases come and go
 //! - [`process`] signals, waiting, transactions, the log
 //! - [`error`], [`report`] raising and reporting ERRORs; [`untouched`], [`unguarded`] let other code's ERRORs pass
-//!   unchanged; [`reserve`] memory that they need
+//!   unchanged; [`reserve`] memory that they need, [`out_of_memory`] if that is gone too
 //! - [`silence`] keeps the triggers of others from firing; [`ruled_plans`] knows which plans that would falsify
 //! - [`encoding`], [`datum`] texts in the database's encoding; values as Postgres passes them
 //! - [`hooks`] Postgres's hooks, and what other libraries had put there; [`query_tree`] statements as hooks see them
@@ -24,6 +24,7 @@ pub(crate) mod guc;
 pub(crate) mod hooks;
 pub(crate) mod meters;
 pub(crate) mod object_access;
+pub(crate) mod out_of_memory;
 pub(crate) mod pinned;
 pub(crate) mod place;
 pub(crate) mod process;

@@ -54,6 +54,22 @@ impl Aborted {
             code: PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE,
         }
     }
+
+    /// The process lacks memory for what was to be done.
+    pub(crate) fn out_of_memory() -> Self {
+        Self {
+            message: "out of memory".to_owned(),
+            detail: Some("The process cannot get more memory.".to_owned()),
+            hint: Some(
+                "Events wait. Let the server's processes have more memory: look at ulimit -v and at vm.overcommit_memory.".to_owned(),
+            ),
+            code: PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+        }
+    }
+
+    pub(crate) fn lacks_memory(&self) -> bool {
+        self.code == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY
+    }
 }
 
 /// Installs the signal handlers of a background worker with a database connection, and unblocks signals.
@@ -250,6 +266,9 @@ pub(crate) fn transaction<R>(f: impl FnOnce() -> R) -> Result<R, Aborted> {
         }
         Ok(result)
     };
+    if !reserve::take() {
+        return Err(Aborted::out_of_memory());
+    }
     let outcome = PgTryBuilder::new(AssertUnwindSafe(|| reserve::watching(whole)))
         .catch_others(|error| Err(aborted(&error)))
         .execute();

@@ -3,8 +3,8 @@
 //! pgrx passes texts on in UTF-8, which a database in another encoding would show wrongly or refuse.
 
 use crate::server::encoding::words_to_server;
-use crate::server::reserve;
 use crate::server::untouched::{self, Failed};
+use crate::server::{out_of_memory, reserve};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use std::any::Any;
@@ -29,7 +29,7 @@ unsafe extern "C-unwind" {
 /// No frame up to Postgres's own holds anything that needs dropping: the ERROR jumps over them.
 pub(crate) unsafe fn guard<R>(body: impl FnOnce() -> R) -> R {
     if !reserve::take() {
-        refuse_for_memory();
+        out_of_memory::refuse();
     }
     match untouched::attempt(body) {
         Ok(result) => result,
@@ -37,20 +37,6 @@ pub(crate) unsafe fn guard<R>(body: impl FnOnce() -> R) -> R {
         Err(Failed::OfPostgres) => unsafe { untouched::raise_again() },
         Err(Failed::Panic(payload)) => throw(payload),
     }
-}
-
-/// Raises an ERROR that needs no memory but what Postgres keeps for errors.
-#[cold]
-fn refuse_for_memory() -> ! {
-    // SAFETY: constant texts, which are copied; an ERROR does not return.
-    unsafe {
-        errstart(pg_sys::PGERROR as c_int, std::ptr::null());
-        errcode(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as c_int);
-        errmsg_internal(c"out of memory".as_ptr());
-        errdetail_internal(c"The process cannot get the memory that outbox_relay keeps back for errors.".as_ptr());
-        errfinish(std::ptr::null(), 0, std::ptr::null());
-    }
-    unreachable!("an ERROR does not return")
 }
 
 #[cold]

@@ -6,19 +6,28 @@
 //! the process, and so all sessions.
 //!
 //! So the reserve is given up when an ERROR says that memory has run out, and when Rust gets none. Whoever enters our
-//! code next takes it again, or is refused with an ERROR.
+//! code next takes it again, or is refused with an ERROR. What is larger than the reserve, or can be done without, is
+//! asked for (`relay::failure::memory`). If all that does not help, the process ends by itself, with a FATAL error.
 
-use crate::server::{scoped, unguarded};
+use crate::server::{out_of_memory, scoped, unguarded};
 use pgrx::PgSqlErrorCode;
+use relay::failure::memory;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::thread;
+use std::time::Duration;
 
 /// Enough for a few copies of an ERROR. A memory context that has grown takes a megabyte at once, even for a small one.
 /// Nothing is written into the reserve, so it is address space and no memory.
 const SIZE: usize = 4 << 20;
+
+/// How long a thread beside the main thread waits for memory: others may free some. Only the main thread can end the
+/// process in order.
+const TRIES: u32 = 50;
+const TRY_AGAIN: Duration = Duration::from_millis(100);
 
 static KEPT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 
@@ -30,18 +39,38 @@ pub(crate) fn take() -> bool {
 
 #[cold]
 fn take_again() -> bool {
+    let mut new = mapped();
+    if new.is_null() {
+        // Freed memory may still belong to the allocator.
+        // SAFETY: gives back what is free.
+        unsafe { libc::malloc_trim(0) };
+        new = mapped();
+    }
+    if new.is_null() {
+        return false;
+    }
+    let before = KEPT.swap(new, Ordering::Relaxed);
+    release(before);
+    true
+}
+
+/// As much new memory as the reserve has; null: there is not so much.
+fn mapped() -> *mut c_void {
     let (access, kind) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
     // SAFETY: new memory, which nobody else knows.
     let new = unsafe { libc::mmap(ptr::null_mut(), SIZE, access, kind, -1, 0) };
-    if new == libc::MAP_FAILED {
-        return false;
+    match new == libc::MAP_FAILED {
+        true => ptr::null_mut(),
+        false => new,
     }
-    let before = KEPT.swap(new, Ordering::Relaxed);
-    release(before);
-    true
+}
+
+/// Whether as much memory as the reserve has is there beside it.
+pub(crate) fn is_there_more() -> bool {
+    release(mapped())
 }
 
 /// Gives the reserve up. False: it was given up before.
@@ -86,17 +115,42 @@ struct Memory;
 #[global_allocator]
 static MEMORY: Memory = Memory;
 
-/// The result of `get`, which is tried again without the reserve if that could help.
+/// The result of `get`. Null only if whoever asks can do without it, or nothing helps.
 #[inline]
 fn gotten(size: usize, get: impl Fn() -> *mut u8) -> *mut u8 {
     let memory = get();
-    if !memory.is_null() {
-        return memory;
-    }
-    match size < SIZE && give_up() {
-        true => get(),
+    match memory.is_null() {
+        true => gotten_after_all(size, get),
         false => memory,
     }
+}
+
+#[cold]
+fn gotten_after_all(size: usize, get: impl Fn() -> *mut u8) -> *mut u8 {
+    if memory::is_asking() {
+        return ptr::null_mut();
+    }
+    if size < SIZE {
+        give_up();
+    }
+    // Another thread may have given it up.
+    let mut memory = get();
+    if memory.is_null() && is_main_thread() {
+        out_of_memory::end_process(size);
+    }
+    for _ in 0..TRIES {
+        if !memory.is_null() {
+            break;
+        }
+        thread::sleep(TRY_AGAIN);
+        memory = get();
+    }
+    memory
+}
+
+fn is_main_thread() -> bool {
+    // SAFETY: they only tell numbers.
+    unsafe { libc::gettid() == libc::getpid() }
 }
 
 // SAFETY: the system's allocator does the work. The reserve is memory of its own.

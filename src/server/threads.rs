@@ -1,5 +1,6 @@
 //! Threads beside the process's main thread. They touch nothing of Postgres, and get no signals.
 
+use crate::server::reserve;
 use pgrx::pg_sys;
 use std::io;
 use std::thread;
@@ -8,8 +9,12 @@ use std::time::Duration;
 /// How long the main thread has to notice by itself that the postmaster is gone.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Starts a thread with all signals blocked in it: only the main thread handles signals.
+/// Starts a thread with all signals blocked in it: only the main thread handles signals. There must be memory for more
+/// than its stack: the C library ends the process if a new thread cannot have its variables.
 pub(crate) fn without_signals<R>(spawn: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+    if !reserve::is_there_more() {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
     // SAFETY: the mask is saved, and restored on all paths: spawn returns its errors.
     unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());

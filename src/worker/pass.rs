@@ -1,6 +1,6 @@
 //! Connects [`relay::delivery::cut`] with the tables: the rows that a scan finds, and the refused events that wait.
 
-use crate::server::guc;
+use crate::server::{error, guc};
 use crate::tables::care;
 use crate::tables::catalog::{self, Relations};
 use crate::tables::events::{EventsScan, EventsTable};
@@ -11,10 +11,10 @@ use crate::worker::mended::Sweep;
 use pgrx::pg_sys;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, NotEncoded, Offer, Pass, Source};
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
-use relay::event::Event;
+use relay::event::{ConfigError, Event};
 use relay::fault::{self, Point};
 use relay::reading::foreign::Written;
 use relay::reading::range::{Key, Scan, Table};
@@ -204,7 +204,7 @@ impl Offer for RowOffer<'_> {
         self.backend.buffer()
     }
 
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, NotEncoded> {
         match self.backend.encode(batch, &self.stream, self.event) {
             Ok(()) => Ok(batched(
                 self.row,
@@ -212,7 +212,8 @@ impl Offer for RowOffer<'_> {
                 self.stream,
                 self.backend.metered.committed_after_us,
             )),
-            Err(error) => Err(error.to_string()),
+            Err(ConfigError::NoMemory(_)) => Err(NotEncoded::NoMemory),
+            Err(error) => Err(NotEncoded::Impossible(error.to_string())),
         }
     }
 }
@@ -260,8 +261,10 @@ pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried
     let mut table = EventsTable::open(&relations);
     let mut batch = OpenBatch::new(backend.buffer());
     let (mut retried, mut all, mut gone) = (Retried::default(), Vec::new(), Vec::new());
+    let most = BATCH_BYTES.min(backend.delivery.most_bytes());
+    let mut is_full = false;
     for (Retry { stream, count }, mut seqs) in retries.iter().zip(waiting) {
-        if batch.bytes.len() >= BATCH_BYTES {
+        if is_full {
             retried.put_back.push(stream.clone());
             continue;
         }
@@ -269,13 +272,14 @@ pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried
         seqs.truncate(*count);
         let before = batch.entries.len();
         for seq in seqs {
-            if batch.bytes.len() >= BATCH_BYTES {
+            if is_full {
                 is_whole = false;
                 break;
             }
             let mut scan = table.by_seq(seq - 1, seq);
             match scan.advance() {
-                Some(_) => add_refused(backend, &mut batch, scan.row()),
+                Some(_) if add_refused(backend, &mut batch, scan.row()) => is_full = batch.is_full(usize::MAX, most),
+                Some(_) => (is_full, is_whole) = (true, false),
                 None => gone.push(seq),
             }
         }
@@ -301,19 +305,23 @@ pub(super) fn refused_batch(backend: &mut Backend, retries: &[Retry]) -> Retried
     retried
 }
 
-fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) {
+/// False: there is no memory for it beside the others.
+fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) -> bool {
     if let Some(error) = care::unreadable(row) {
         backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error));
-        return;
+        return true;
     }
     row.with_event(|event| {
         let stream = backend.stream_of(event);
         match backend.encode(batch, &stream, event) {
             // Only the time since it was published is still known.
             Ok(()) => batch.entries.push(batched(row, event, stream, 0)),
+            Err(ConfigError::NoMemory(_)) if batch.entries.is_empty() => error::no_memory(),
+            Err(ConfigError::NoMemory(_)) => return false,
             Err(error) => backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error.to_string())),
         }
-    });
+        true
+    })
 }
 
 /// Fails up to `count` events of these streams, whose heads have failed for these reasons. Also returns the streams in

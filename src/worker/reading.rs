@@ -92,7 +92,6 @@ impl Worker {
         while let Some(group) = Group::take(&mut waiting, |index| self.way(index)) {
             match self.read_group(&group, now) {
                 Ok(has_found) => {
-                    group.members.iter().for_each(|index| self.has_read_for(*index));
                     // Among many rows of other backends, its own next row is only sent when all of them are passed.
                     if !has_found && self.now() < now + PASSING_TIME {
                         let schedule = self.schedule(now);
@@ -124,13 +123,27 @@ impl Worker {
         }
     }
 
-    fn has_read_for(&mut self, index: usize) {
-        self.patience.succeeded(Task::ReadFor(self.backends[index].whose()));
+    /// Notes how reading for a backend has ended. `lacks_memory`: there was none for its next event. If batches are in
+    /// flight, there is more when they are done.
+    fn has_read_for(&mut self, index: usize, lacks_memory: bool, now: Now) {
+        let backend = &mut self.backends[index];
+        let task = Task::ReadFor(backend.whose());
+        if !lacks_memory {
+            return self.patience.succeeded(task);
+        }
+        backend.lacks_memory();
+        if backend.delivery.is_idle() {
+            self.failed(task, &Aborted::out_of_memory(), now);
+        }
     }
 
     /// Called when a pass has failed. If the failure concerns one of its readers, only that reader waits. False: it
     /// concerns all.
     fn read_apart(&mut self, group: &Group, error: &Aborted, now: Now) -> bool {
+        if error.lacks_memory() {
+            let members = group.members.iter();
+            members.for_each(|index| self.backends[*index].lacks_memory());
+        }
         if !process::transaction(events::can_read).unwrap_or(false) {
             self.failed(Task::Read, error, now);
             return false;
@@ -147,9 +160,8 @@ impl Worker {
             let Some(alone) = Group::take(&mut vec![*index], |index| self.way(index)) else {
                 continue;
             };
-            match self.read_group(&alone, now) {
-                Ok(_) => self.has_read_for(*index),
-                Err(error) => fails_for(*index, &error, self),
+            if let Err(error) = self.read_group(&alone, now) {
+                fails_for(*index, &error, self);
             }
         }
         true
@@ -419,6 +431,8 @@ impl Worker {
             }
             let end = reader.end.clone();
             backend.advanced(reader.end, now);
+            self.has_read_for(reader.index, reader.lacks_memory, now);
+            let backend = &mut self.backends[reader.index];
             self.pace.finds(sent);
             if sent > 0 {
                 let activity = format!("sending {sent} events to {}", backend.name());

@@ -71,6 +71,9 @@ impl Worker {
             }
             Err(error) => {
                 backend.delivery.retry_failed();
+                if error.lacks_memory() {
+                    backend.lacks_memory();
+                }
                 self.failed(task, &error, now);
                 false
             }

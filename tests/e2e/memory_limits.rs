@@ -1,7 +1,8 @@
 //! A session that gets no more memory fails with an error of its own. Where Rust gets none, it ends the process, and
 //! that ends all sessions of the server. So nothing is copied there whose size others choose.
 
-use kit::Stack;
+use kit::stack::STREAM;
+use kit::{LIMIT, Stack, eventually, ids, standing, wait_until};
 use postgres::Client;
 
 /// Statements of a publisher, who may also write backends and routes, with texts of some hundred megabytes.
@@ -27,19 +28,18 @@ const STATEMENTS: [&str; 18] = [
      insert into outbox.events (event_type, source, publisher_config) values ('t', 's', ('{\"k\": \"' || repeat('x', 200000000) || '\"}')::json)",
 ];
 
-/// Lets the process of a session have so many more megabytes. A server may do that for its own processes.
-fn limit(admin: &mut Client, client: &mut Client, megabytes: u64) {
-    let pid: i32 = client.query_one("select pg_backend_pid()", &[]).expect("a pid").get(0);
+/// Lets a process have so many more kilobytes, or any number. A server may do that for its own processes.
+fn limit(admin: &mut Client, pid: i32, kilobytes: Option<u64>) {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix("VmSize:"))
         .expect("Linux says");
     let size: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
-    let most = size * 1024 + megabytes * 1_000_000;
+    let most = kilobytes.map_or("unlimited".to_owned(), |more| ((size + more) * 1024).to_string());
     admin
         .batch_execute(&format!(
-            "copy (select 1) to program 'cat >/dev/null; prlimit --pid {pid} --as={most}:{most}'"
+            "copy (select 1) to program 'cat >/dev/null; prlimit --pid {pid} --as={most}:'"
         ))
         .expect("util-linux");
 }
@@ -57,7 +57,8 @@ fn assert_bystander_survives(statements: impl IntoIterator<Item = (&'static str,
         client
             .batch_execute("select outbox.publish_event('t', 's')")
             .expect("published");
-        limit(&mut bystander, &mut client, megabytes);
+        let pid: i32 = client.query_one("select pg_backend_pid()", &[]).expect("a pid").get(0);
+        limit(&mut bystander, pid, Some(megabytes * 1_000));
         let outcome = client.batch_execute(sql);
         let code = outcome
             .as_ref()
@@ -113,4 +114,116 @@ fn an_error_that_lacks_memory_ends_no_other_session() {
     let full = [20, 27, 34, 41].map(|megabytes| (FULL, megabytes));
     let array = (0..24).map(|step| (ARRAY, 4 + 13 * step));
     assert_bystander_survives(full.into_iter().chain(array));
+}
+
+/// A backlog, of events with this many bytes each, that a worker sends while it gets so many more kilobytes.
+struct Backlog {
+    delivery: &'static str,
+    count: usize,
+    bytes: usize,
+    kilobytes: u64,
+    /// What `health()` says about it if it is not sent.
+    trouble: Option<&'static str>,
+}
+
+const BACKLOGS: [Backlog; 6] = [
+    // Before: "memory allocation of 1800842 bytes failed".
+    backlog("exactly_once", 20, 900_000, 0, Some("out of memory")),
+    backlog("exactly_once", 20, 900_000, 1_500, Some("out of memory")),
+    backlog("exactly_once", 20, 900_000, 6_000, None),
+    backlog("exactly_once", 200, 50_000, 1_500, None),
+    // Before: "cannot allocate memory for thread-local data", in a thread that had just begun.
+    backlog("at_least_once", 200, 50_000, 0, Some("no memory for a sender")),
+    backlog("at_least_once", 20, 900_000, 1_500, Some("no memory for a sender")),
+];
+
+const fn backlog(
+    delivery: &'static str,
+    count: usize,
+    bytes: usize,
+    kilobytes: u64,
+    trouble: Option<&'static str>,
+) -> Backlog {
+    Backlog {
+        delivery,
+        count,
+        bytes,
+        kilobytes,
+        trouble,
+    }
+}
+
+fn has_sender(worker: i32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{worker}/task")).expect("the worker lives");
+    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    names.into_iter().any(|name| name.starts_with("sender"))
+}
+
+/// It sends less at once, or waits and says so. All events arrive when it has memory, once and in order.
+#[test]
+fn a_worker_that_gets_no_memory_goes_on() {
+    let stack = Stack::with(&[("outbox_relay.retry_max_delay", "500ms")]);
+    let mut bystander = stack.pg.client();
+    stack.pg.exec("update outbox.backends set max_len = 0");
+    let worker = stack.pg.wait_worker("postgres");
+    let mut published = vec![stack.publish("first")];
+    for backlog in BACKLOGS {
+        stack.wait_events(published.len());
+        let set = |column: &str, value: &str| format!("update outbox.backends set {column} = {value}");
+        stack
+            .pg
+            .exec(&set("delivery", &format!("'{}', enabled = false", backlog.delivery)));
+        // With exactly_once, the guard shows that the owner of a paused backend is alive.
+        wait_until("the sender to end", || {
+            backlog.delivery == "exactly_once" || !has_sender(worker)
+        });
+        // Not compressible, so that a row is read in pieces.
+        let data = format!(
+            "(select string_agg(md5(random()::text || i || n), '') from generate_series(1, {} / 32) i)",
+            backlog.bytes
+        );
+        let rows = bystander
+            .query(
+                &format!(
+                    "select outbox.publish_event('t', 's', to_jsonb({data})) from generate_series(1, {}) n",
+                    backlog.count
+                ),
+                &[],
+            )
+            .expect("published");
+        published.extend(rows.iter().map(|row| row.get::<_, uuid::Uuid>(0)));
+        limit(&mut bystander, worker, Some(backlog.kilobytes));
+        bystander
+            .batch_execute(&set("enabled", "true"))
+            .expect("the server lives");
+        let (what, total) = (
+            format!(
+                "{} of {} bytes, +{} kB, {}",
+                backlog.count, backlog.bytes, backlog.kilobytes, backlog.delivery
+            ),
+            published.len(),
+        );
+        let all_arrived = || stack.redis.xlen(STREAM) == total;
+        match backlog.trouble {
+            None => wait_until(&what, all_arrived),
+            Some(words) => {
+                let said = eventually(&format!("{what}: {words}"), LIMIT, || {
+                    assert!(
+                        bystander.batch_execute("select 1").is_ok(),
+                        "the server has ended all sessions: {what}"
+                    );
+                    let trouble: String = stack
+                        .pg
+                        .one("select coalesce(string_agg(detail || hint, ' '), '') from outbox.health() where status = 'fail'");
+                    (trouble.contains(words) || all_arrived()).then_some(trouble)
+                });
+                println!("{what}: {said}");
+            }
+        }
+        limit(&mut bystander, worker, None);
+        wait_until(&format!("{what}: all events"), all_arrived);
+    }
+    assert_eq!(ids(&stack.events()), published, "each once, in order");
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker), "the same worker");
+    assert_eq!(standing(&stack.pg, "default").failed, 0);
 }

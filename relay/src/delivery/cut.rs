@@ -48,8 +48,17 @@ pub trait Offer {
     fn is_written_down(&self) -> bool;
     /// A buffer for a batch, begun as the backend needs it.
     fn buffer(&mut self) -> Vec<u8>;
-    /// Appends it to a batch; an error says why that is not possible.
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String>;
+    /// Appends it to a batch.
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, NotEncoded>;
+}
+
+/// Why an event could not be appended to a batch.
+#[derive(Debug)]
+pub enum NotEncoded {
+    /// It will never be possible, for this reason.
+    Impossible(String),
+    /// There is no memory for it now.
+    NoMemory,
 }
 
 /// How much one pass does.
@@ -106,6 +115,8 @@ pub struct Collector {
     pub found: Option<u16>,
     /// The stream of that row, if it is full.
     pub full: Option<Rc<str>>,
+    /// Whether there was no memory for that row.
+    pub lacks_memory: bool,
     /// Numbers of entries for streams that have limits.
     placed: HashMap<Rc<str>, i64>,
     /// Whether it only passes rows of others.
@@ -131,6 +142,7 @@ impl Collector {
             awaits_sweep: false,
             found: None,
             full: None,
+            lacks_memory: false,
             placed: HashMap::new(),
             passes_by: false,
         }
@@ -445,14 +457,28 @@ impl Collector {
         });
         let encoded = event.encode(batch).map(|entry| batch.entries.push(entry));
         self.room.events -= usize::from(encoded.is_ok());
-        let is_full = batch.is_full(limits.batch_events, limits.batch_bytes);
-        if let Err(error) = encoded {
-            self.fail(seq, &error);
+        let is_full = batch.is_full(limits.batch_events, limits.batch_bytes.min(self.room.whole_bytes));
+        match encoded {
+            Ok(()) => {}
+            Err(NotEncoded::Impossible(error)) => self.fail(seq, &error),
+            Err(NotEncoded::NoMemory) => return self.goes_without(),
         }
         if is_full {
             self.close_batch(Position::towards(self.from.clone(), to.clone(), seq));
         }
         true
+    }
+
+    /// There is no memory for an event: what is built is sent, and the event is read again. Returns that there is no
+    /// room.
+    #[cold]
+    fn goes_without(&mut self) -> bool {
+        self.lacks_memory = true;
+        if self.open.as_ref().is_some_and(|batch| batch.entries.is_empty()) {
+            self.open = None;
+            self.room.batches += 1;
+        }
+        false
     }
 
     /// Takes a place in the event's stream. False: the stream has no place left.

@@ -15,6 +15,7 @@ impl Delivery {
             return Vec::new();
         };
         self.in_flight_bytes -= flight.bytes;
+        self.scarce_bytes = self.scarce_bytes.saturating_mul(2);
         if self.guarantee == Guarantee::ExactlyOnce {
             return self.appended(flight, refused, now, random);
         }

@@ -81,6 +81,8 @@ pub struct Delivery {
     in_flight_bytes: usize,
     /// The most bytes that may be in flight.
     window_bytes: usize,
+    /// The same while memory is short: at first a single event, and twice as much after each batch.
+    scarce_bytes: usize,
     /// The most batches that may be in flight. With exactly_once, a refusal stops all batches behind it, which are then
     /// read and sent again. So there is one batch after a refusal, and twice as many after each batch without one.
     window_batches: usize,
@@ -137,6 +139,7 @@ impl Delivery {
             flights: VecDeque::new(),
             in_flight_bytes: 0,
             window_bytes: WINDOW_BYTES,
+            scarce_bytes: usize::MAX,
             window_batches: WINDOW_BATCHES,
             connection: ConnectionState::Down { retry_at: Now::ZERO },
             attempts: Attempts::new(backoff),
@@ -156,6 +159,16 @@ impl Delivery {
     /// A lane has a smaller window than a backend without lanes.
     pub fn set_window_bytes(&mut self, bytes: usize) {
         self.window_bytes = bytes;
+    }
+
+    /// There was no memory for its next events. From now on, one is sent alone, and then more and more again.
+    pub fn lacks_memory(&mut self) {
+        self.scarce_bytes = 1;
+    }
+
+    /// The most bytes that may be in flight now. A batch may be begun while any are left, so this may be one event.
+    pub fn most_bytes(&self) -> usize {
+        self.window_bytes.min(self.scarce_bytes)
     }
 
     /// Whether another node may replace a lost one. Then the wait for a failed node is short.
@@ -216,8 +229,8 @@ impl Delivery {
         Window {
             batches: self.window_batches.saturating_sub(self.flights.len()),
             whole_batches: self.window_batches,
-            bytes: self.window_bytes.saturating_sub(self.in_flight_bytes),
-            whole_bytes: self.window_bytes,
+            bytes: self.most_bytes().saturating_sub(self.in_flight_bytes),
+            whole_bytes: self.most_bytes(),
             events: self.allowance.for_rows(),
         }
     }

@@ -11,6 +11,7 @@ pub mod text;
 pub mod trace;
 pub mod wanted;
 
+use crate::failure::memory;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::collections::HashMap;
@@ -50,7 +51,15 @@ pub enum ConfigError {
     OutOfRange(String),
     #[error("publisher_config has numbers of too many digits")]
     TooManyDigits,
+    /// It may be in order, but cannot be read now.
+    #[error(transparent)]
+    NoMemory(#[from] memory::NoMemory),
 }
+
+/// The fields of an object take up to this many times its size, if they are many and short.
+const GROWTH: usize = 64;
+/// For a smaller object, nobody looks whether there is memory.
+const LARGE: usize = 64 * 1024;
 
 /// By how many bytes numbers with exponents may become longer, in total.
 const MOST_ADDED: usize = 1024 * 1024;
@@ -58,6 +67,9 @@ const MOST_ADDED: usize = 1024 * 1024;
 /// The further stream fields in a `publisher_config`, in its order: strings unchanged, numbers as jsonb shows them, and
 /// booleans as JSON writes them. `built_in`: field names that it must not use.
 pub fn further_fields(publisher_config: &str, built_in: &[&str]) -> Result<Vec<(String, String)>, ConfigError> {
+    if publisher_config.len() > LARGE {
+        memory::expect(publisher_config.len().saturating_mul(GROWTH))?;
+    }
     let Members(members) = serde_json::from_str(publisher_config).map_err(|_| not_an_object(publisher_config))?;
     let mut fields: Vec<(String, String)> = Vec::with_capacity(members.len());
     let mut room = publisher_config.len() + MOST_ADDED;

@@ -1,6 +1,7 @@
 //! What an error means for the delivery: from what Redis, the socket or the resolver reports to a [`Failure`].
-//! `trouble.rs` decides who is to blame and what helps.
+//! `trouble.rs` decides who is to blame and what helps. [`memory`] is there when there is none.
 
+pub mod memory;
 pub mod server_text;
 mod trouble;
 

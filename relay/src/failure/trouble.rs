@@ -26,6 +26,7 @@ pub enum Trouble {
     // The connection to Redis.
     /// There are too few file descriptors for all connections.
     NoDescriptor,
+    NoMemory,
     NotAllowed,
     Refused,
     /// The connection was closed by the other side, or by something in between.
@@ -126,6 +127,10 @@ impl Trouble {
             Self::NoDescriptor => (
                 Backend,
                 "Raise max_files_per_process and the server's limit of open files (ulimit -n), then restart the server.",
+            ),
+            Self::NoMemory => (
+                Backend,
+                "Let the server's processes have more memory: look at ulimit -v and at vm.overcommit_memory.",
             ),
             Self::NotAllowed => (
                 Configuration,

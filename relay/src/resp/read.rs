@@ -4,7 +4,7 @@
 //!
 //! Source: RESP, version 2 (Redis serialization protocol specification).
 
-use crate::failure::{self, Failure, Trouble};
+use crate::failure::{self, Failure, Trouble, memory};
 use crate::resp::bounds::{Bounds, KEPT_STRING, MAX_LINE};
 use redis::Value;
 use std::ops::Range;
@@ -277,9 +277,7 @@ impl Inbox {
                 (self.start, self.end) = (0, self.end - self.start);
             } else {
                 let more = self.buffer.len().max(USUAL_SIZE);
-                self.buffer
-                    .try_reserve_exact(more)
-                    .map_err(|_| Failure::backend("no memory for a reply"))?;
+                memory::reserve_exact(&mut self.buffer, more).map_err(|none| none.failure("a reply"))?;
                 self.buffer.resize(self.buffer.len() + more, 0);
             }
         }

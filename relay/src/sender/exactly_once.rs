@@ -32,7 +32,10 @@ pub(super) fn converse(
         };
         while next.is_some() || conversation.wants_order() {
             match next.take().unwrap_or_else(|| orders.try_recv()) {
-                Ok(order) => conversation.order(order),
+                Ok(order) => {
+                    conversation.make_room(&order)?;
+                    conversation.order(order);
+                }
                 Err(TryRecvError::Empty) => break,
                 // The worker has dropped it, but the guard must still show to others that its owner leaves.
                 Err(TryRecvError::Disconnected) if conversation.is_releasing() => break,

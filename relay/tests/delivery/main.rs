@@ -14,7 +14,7 @@ use model::{Database, Rng, Rows, caught, for_each_seed, likely, out_of_memory, w
 use redis::{Command, Connection, Redis, Sent};
 use relay::delivery::backoff::Backoff;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, NotEncoded, Offer, Pass, Source};
 use relay::delivery::flight::{BatchedEvent, Contents, PIPELINED_BATCHES, Refusal, WINDOW_BATCHES, is_backends};
 use relay::delivery::refusal::{Record, Retry, Streams};
 use relay::delivery::{Cursor, Delivery, Guarantee};

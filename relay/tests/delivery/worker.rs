@@ -72,7 +72,7 @@ impl Offer for RowOffer<'_> {
         Vec::new()
     }
 
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, NotEncoded> {
         batch.bytes.resize(batch.bytes.len() + bytes(self.entry.seq), 0);
         Ok(self.entry)
     }

@@ -9,7 +9,7 @@ use crate::site::Site;
 use crate::tables::Tables;
 use relay::delivery::Delivery;
 use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
-use relay::delivery::cut::{Backends, Collector, Limits, Offer, Pass, Source};
+use relay::delivery::cut::{Backends, Collector, Limits, NotEncoded, Offer, Pass, Source};
 use relay::delivery::flight::BatchedEvent;
 use relay::delivery::refusal::Record;
 use relay::guard::BATCH_START;
@@ -103,7 +103,11 @@ impl Offer for RowOffer<'_> {
         BATCH_START.to_vec()
     }
 
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, NotEncoded> {
+        // What is built must be sent first.
+        if self.seq % 31 == 7 && !batch.entries.is_empty() {
+            return Err(NotEncoded::NoMemory);
+        }
         append_event(&mut batch.bytes, self.row);
         Ok(entry(self.rows.max_attempts, self.seq, self.row))
     }

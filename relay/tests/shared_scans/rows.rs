@@ -5,7 +5,7 @@ use crate::sweep::may_move;
 use crate::{DELETED, Member, hash_slot, is_damaged, number};
 use relay::delivery::Delivery;
 use relay::delivery::batch::OpenBatch;
-use relay::delivery::cut::{Offer, Source};
+use relay::delivery::cut::{NotEncoded, Offer, Source};
 use relay::delivery::flight::BatchedEvent;
 use relay::reading::range::Key;
 use std::rc::Rc;
@@ -86,9 +86,13 @@ impl Offer for RowOffer<'_> {
         Vec::new()
     }
 
-    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, String> {
+    fn encode(self, batch: &mut OpenBatch) -> Result<BatchedEvent, NotEncoded> {
         if self.entry.seq % 29 == 5 {
-            return Err("too large".to_owned());
+            return Err(NotEncoded::Impossible("too large".to_owned()));
+        }
+        // What is built must be sent first.
+        if self.entry.seq % 31 == 7 && !batch.entries.is_empty() {
+            return Err(NotEncoded::NoMemory);
         }
         batch.bytes.push(0);
         Ok(self.entry)

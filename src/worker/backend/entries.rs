@@ -98,6 +98,12 @@ impl Entries {
         self.buffers.pop().unwrap_or_default()
     }
 
+    /// Frees what is kept for later.
+    pub(super) fn drop_buffers(&mut self) {
+        self.buffers = Vec::new();
+        self.encoder.drop_scratch();
+    }
+
     pub(super) fn keep(&mut self, mut buffer: Vec<u8>) {
         if buffer.capacity() <= KEPT_BUFFER_BYTES && self.buffers.len() < self.kept_buffers {
             buffer.clear();

@@ -6,10 +6,12 @@ use crate::worker::backend::connection::Connection;
 use crate::worker::permits::SenderPermits;
 use relay::delivery::flight::Refusal;
 use relay::delivery::refusal::Record;
+use relay::failure::memory::NoMemory;
 use relay::failure::{Failure, Trouble};
 use relay::redis::destination::Address;
 use relay::sender::orders::Report;
 use relay::time::Now;
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -45,7 +47,10 @@ impl Backend {
         match connection.connect(ousts, now, waker, permits.take()) {
             Ok(()) => self.delivery.connecting(),
             Err(error) => {
-                let failure = Failure::backend(format!("could not start a sender: {error}"));
+                let failure = match error.kind() {
+                    ErrorKind::OutOfMemory => NoMemory.failure("a sender"),
+                    _ => Failure::backend(format!("could not start a sender: {error}")),
+                };
                 self.lost(failure, 0, Vec::new(), now);
             }
         }

@@ -377,6 +377,12 @@ impl Backend {
         buffer
     }
 
+    /// There was no memory for its next events.
+    pub(crate) fn lacks_memory(&mut self) {
+        self.entries.drop_buffers();
+        self.delivery.lacks_memory();
+    }
+
     pub(crate) fn keep(&mut self, buffer: Vec<u8>) {
         self.entries.keep(buffer);
     }

@@ -2,13 +2,14 @@
 
 use crate::server::datum::utf8_of;
 use crate::server::encoding::words_to_server;
-use crate::server::error::{expect_arguments, raise};
+use crate::server::error::{expect_arguments, no_memory, raise};
 use crate::tables::row::EventTexts;
 use crate::tables::sql::{argument, query, query_named, text_array};
 use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
+use relay::event::ConfigError;
 use relay::resp::write::words;
 use std::borrow::Cow;
 
@@ -128,6 +129,7 @@ fn command(sought: &Sought) -> Option<Vec<u8>> {
         }
         match entries.encode(&mut command, &stream, true, &event) {
             Ok(()) => Some(command),
+            Err(ConfigError::NoMemory(_)) => no_memory(),
             Err(error) => refuse_event(&error.to_string()),
         }
     });

@@ -19,6 +19,7 @@ use crate::event::text::hyphenated;
 use crate::event::trace::{TRACEPARENT, TRACESTATE};
 use crate::event::wanted::EventName;
 use crate::event::{ConfigError, Event, further_fields};
+use crate::failure::memory::{self, NoMemory};
 use crate::resp::write::{append_array_header, append_bulk};
 
 /// The layout of an entry.
@@ -82,6 +83,13 @@ pub struct Target<'a> {
     pub max_len: i64,
 }
 
+/// Room for the fixed parts of an entry and the lengths of the others, and for what is appended to a batch at its end.
+const SURROUNDINGS: usize = 4 * 1024;
+/// The room that is needed for a further field in addition to its name and value.
+const OF_FIELD: usize = 32;
+/// An escaped byte of a text in JSON takes up to this many bytes.
+const ESCAPED: usize = 6;
+
 /// Writes the entries of a backend.
 #[derive(Default)]
 pub struct Encoder {
@@ -110,6 +118,11 @@ impl Encoder {
     pub fn with_lsn(mut self) -> Self {
         self.lsn = Some(Lsn::default());
         self
+    }
+
+    /// Frees the buffer that is reused.
+    pub fn drop_scratch(&mut self) {
+        self.scratch = Vec::new();
     }
 
     pub fn includes_lsn(&self) -> bool {
@@ -152,6 +165,16 @@ impl Encoder {
         let trims = target.max_len > 0;
         let fields = own + fixed().count() + further.len() + usize::from(lsn.is_some());
 
+        let words = fixed()
+            .chain(&further)
+            .map(|(name, value)| name.len() + value.len() + OF_FIELD);
+        self.scratch.clear();
+        make_room(
+            out,
+            &mut self.scratch,
+            &stamped,
+            target.stream.len() + words.sum::<usize>(),
+        )?;
         append_array_header(out, 3 + if trims { 3 } else { 0 } + 2 * fields);
         out.extend_from_slice(b"$4\r\nXADD\r\n");
         append_bulk(out, target.stream.as_bytes());
@@ -160,7 +183,6 @@ impl Encoder {
             append_bulk(out, itoa::Buffer::new().format(target.max_len).as_bytes());
         }
         out.extend_from_slice(b"$1\r\n*\r\n");
-        self.scratch.clear();
         match self.format {
             Format::Broadcaster => broadcaster::append(out, &mut self.scratch, &stamped),
             Format::CloudEvents => cloudevents::append(out, &stamped),
@@ -181,6 +203,22 @@ impl Encoder {
         }
         Ok(())
     }
+}
+
+/// Makes room for an entry, so that nothing has to grow while it is written. `others`: the bytes of what is not in the
+/// event itself.
+#[inline]
+fn make_room(out: &mut Vec<u8>, scratch: &mut Vec<u8>, stamped: &Stamped<'_>, others: usize) -> Result<(), NoMemory> {
+    let event = stamped.event;
+    let texts = [event.subject, event.data_schema].into_iter().chain(stamped.trace);
+    let texts = event.event_type.len() + event.source.len() + texts.flatten().map(str::len).sum::<usize>();
+    // Some are in the entry twice, once as a field and once in the JSON object.
+    let json = ESCAPED * texts + event.data.map_or(0, str::len) + SURROUNDINGS;
+    let room = memory::reserve(scratch, json).and_then(|()| memory::reserve(out, json + texts + others));
+    if room.is_err() {
+        *scratch = Vec::new();
+    }
+    room
 }
 
 #[cfg(test)]

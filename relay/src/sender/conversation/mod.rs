@@ -22,7 +22,7 @@ mod search;
 mod state;
 mod surveying;
 
-use crate::failure::{Failure, Trouble};
+use crate::failure::{Failure, Trouble, memory};
 use crate::guard::append_token;
 use crate::redis::replicas::Replicas;
 use crate::resp::bounds::Bounds;
@@ -139,6 +139,16 @@ impl Conversation {
             | ConversationState::Surveying { .. }
             | ConversationState::Replicating { .. } => false,
         }
+    }
+
+    /// Makes room for the commands of an order.
+    pub fn make_room(&mut self, order: &Order) -> Result<(), Failure> {
+        /// For EXEC, and what follows it.
+        const END: usize = 1_024;
+        let Order::Batch(batch) = order else {
+            return Ok(());
+        };
+        memory::reserve(&mut self.out, batch.bytes.len() + END).map_err(|none| none.failure("a batch"))
     }
 
     /// Takes an order of the worker, if it can take one.
