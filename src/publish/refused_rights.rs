@@ -50,6 +50,7 @@ pub(crate) unsafe fn expect_rights(query: *mut pg_sys::Query) {
                     table: (*entry).relid,
                     rights: (*rights).requiredPerms & if is_inserted_into { INSERT } else { !0 },
                     filled_in: (*rights).insertedCols,
+                    is_query: (*query).commandType == pg_sys::CmdType::CMD_SELECT,
                 };
                 report::guard(|| needed.expect());
             }
@@ -106,6 +107,7 @@ fn expect_copy(table: pg_sys::Oid, copy: &pg_sys::CopyStmt) {
         table,
         rights,
         filled_in,
+        is_query: false,
     }
     .expect();
 }
@@ -115,6 +117,8 @@ struct NeededRights {
     table: pg_sys::Oid,
     rights: pg_sys::AclMode,
     filled_in: *const pg_sys::Bitmapset,
+    /// It changes no row, but may lock some.
+    is_query: bool,
 }
 
 impl NeededRights {
@@ -134,7 +138,8 @@ impl NeededRights {
     /// The DETAIL and the HINT: what the caller may not do, and what to do instead.
     fn lacking(&self) -> Option<(String, &'static str)> {
         let lacks = |right| self.rights & right != 0 && !self.has_anywhere(right);
-        if lacks(UPDATE) {
+        // FOR UPDATE needs the right to read, too.
+        if lacks(UPDATE) && !(self.is_query && lacks(SELECT)) {
             return Some((
                 "Events are never changed.".into(),
                 "Publish another event. If an ORM's save() updates because the row has a key, have it insert; INSERT ... \

@@ -207,6 +207,8 @@ fn a_statement_that_a_publisher_may_not_run_gets_a_clear_error() {
     };
     for (sql, expected) in [
         ("select event_id from outbox.events", &reading),
+        ("select event_id from outbox.events for update", &reading),
+        ("select event_id from outbox.events for share", &reading),
         ("select count(*) from outbox.events", &reading),
         (
             "select * from outbox.events where event_id = gen_random_uuid() limit 21",
