@@ -6,10 +6,11 @@ use crate::server::{report, reserve};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
 use relay::fault::{self, Mutation};
-use std::cell::Cell;
+use relay::time::log_pace::{A_SECOND, BURST, LogPace};
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A problem that persists is logged again after this long.
 pub(crate) fn repeat_log_after() -> Duration {
@@ -400,8 +401,43 @@ pub(crate) fn is_server_stopping() -> bool {
         .is_some_and(|status| status.trim() == "stopping")
 }
 
-/// Logs a message if `outbox_relay.log_level` includes it.
+thread_local! {
+    static LOG_PACE: RefCell<LogPace> = RefCell::default();
+    /// When this process logged for the first time.
+    static LOGS_SINCE: Instant = Instant::now();
+}
+
+/// Logs a message if `outbox_relay.log_level` includes it, and if this process has not logged very much just now.
 pub(crate) fn log(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
+    if level < guc::LOG_LEVEL.get() {
+        return;
+    }
+    // Who asks for each step gets each step.
+    if guc::LOG_LEVEL.get() != LogLevel::Debug {
+        let now = LOGS_SINCE.with(Instant::elapsed);
+        let Some(left_out) = LOG_PACE.with_borrow_mut(|pace| pace.line(now)) else {
+            return;
+        };
+        if left_out > 0 {
+            say_left_out(left_out);
+        }
+    }
+    log_in_any_case(level, message, detail, hint);
+}
+
+fn say_left_out(lines: u64) {
+    log_in_any_case(
+        LogLevel::Warning,
+        &format!("outbox_relay left out {lines} log lines"),
+        Some(&format!(
+            "A process logs at most {BURST} lines at once, and then {A_SECOND} a second."
+        )),
+        Some("What is still wrong is logged again each minute. See outbox.health() and outbox.backend_status."),
+    );
+}
+
+/// As [`log`], however much was logged before.
+pub(crate) fn log_in_any_case(level: LogLevel, message: &str, detail: Option<&str>, hint: Option<&str>) {
     if level < guc::LOG_LEVEL.get() {
         return;
     }

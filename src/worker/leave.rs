@@ -2,14 +2,14 @@
 
 use crate::server::database_slot::{DatabaseSlot, SlotState};
 use crate::server::guc::LogLevel;
-use crate::server::process::log;
+use crate::server::process::log_in_any_case;
 use pgrx::pg_sys;
 
 /// Ends the process. Logs the reason, unless the worker was never at work here. The exit code is 0, so that Postgres
 /// logs nothing; the launcher decides whether a worker is started again.
 pub(super) fn leave_process(slot: &DatabaseSlot, state: SlotState, database: &str, reason: &str) -> ! {
     if slot.state() != SlotState::Starting {
-        log(
+        log_in_any_case(
             LogLevel::Info,
             &format!("outbox_relay worker leaves database \"{database}\": {reason}"),
             None,

@@ -238,3 +238,87 @@ fn a_server_that_comes_and_goes_does_not_flood_the_log() {
     println!("{lines} lines for {} connections", liar.accepted());
     assert!(lines < 10, "{lines}: {log}");
 }
+
+/// Lines of the worker, without their details and hints.
+fn lines_of_worker(log: &str) -> usize {
+    let levels = ["LOG:  ", "WARNING:  ", "ERROR:  "];
+    let is_line =
+        |line: &&str| line.contains("outbox_relay worker ") && levels.iter().any(|level| line.contains(level));
+    log.lines().filter(is_line).count()
+}
+
+/// Whoever can make things fail, as fast as possible and in ever other words.
+#[test]
+fn nobody_fills_the_log() {
+    const SECONDS: usize = 8;
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[
+            ("outbox_relay.retry_delay", "5ms"),
+            ("outbox_relay.retry_backoff", "off"),
+            ("outbox_relay.max_retries", "2"),
+        ]),
+        Redis::start(),
+    );
+    let (locked, garbage) = (
+        Redis::with(&["--requirepass", "secret"]),
+        Garbage::saying_in_turn(&[
+            b"HTTP/1.1 400 Bad Request\r\n",
+            b"-LOADING\r\n",
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+        ]),
+    );
+    stack.redis.call(&["SET", "refused-1", "no stream"]);
+    stack.publish("first");
+    stack.wait_events(1);
+    // A trigger that fails each time with other words, where scheduled events are moved.
+    stack.pg.exec(&format!(
+        "create role owner login; grant usage on schema outbox to owner;
+         grant insert, update, delete, select on outbox.backends to owner;
+         create function fails() returns trigger language plpgsql as
+             $$ begin if new.source = 'fails' then raise exception 'no %', clock_timestamp(); end if; return new; end $$;
+         select outbox.publish_event('t', 'fails', scheduled_at => now() + interval '1 second');
+         create trigger fails before insert on outbox.events for each row execute function fails();
+         insert into outbox.backends (name, host, port, password_file)
+             select 'wrong ' || n, '127.0.0.1', {}, null from generate_series(1, 200) n;
+         insert into outbox.backends (name, host, port) select 'garbage ' || n, '127.0.0.1', {} from generate_series(1, 20) n;
+         select outbox.publish_event('t', 's', stream => 'refused-' || n % 2) from generate_series(1, 2000) n",
+        locked.port(),
+        garbage.port()
+    ));
+    let start = std::time::Instant::now();
+    let mark = lines_of_worker(&stack.pg.log());
+    let rounds = std::thread::scope(|scope| {
+        let comes_and_goes = |name: usize| {
+            let mut client = stack.pg.client_as("owner", "postgres");
+            let mut rounds = 0;
+            while start.elapsed().as_secs() < SECONDS as u64 {
+                for sql in [
+                    format!(
+                        "insert into outbox.backends (name, host, port) select '{name} ' || n, '127.0.0.1', 1 from generate_series(1, 100) n"
+                    ),
+                    "select pg_sleep(0.1)".to_owned(),
+                    format!("delete from outbox.backends where name like '{name} %'"),
+                ] {
+                    client.batch_execute(&sql).expect("the role may do that");
+                }
+                rounds += 1;
+            }
+            rounds
+        };
+        let threads = [1, 2].map(|name| scope.spawn(move || comes_and_goes(name)));
+        threads.map(|thread| thread.join().expect("a role")).iter().sum::<i32>()
+    });
+    let log = stack.pg.log();
+    let (lines, seconds) = (lines_of_worker(&log) - mark, start.elapsed().as_secs() as usize + 1);
+    println!("{lines} lines in {seconds} s, {rounds} rounds of 100 backends");
+    // One line in addition for each that tells how many were left out.
+    assert!(lines <= 200 + 2 * 10 * seconds, "{lines} lines in {seconds} s");
+    assert!(count(&log, "outbox_relay left out ") > 0, "more was to be said");
+    stack.publish("last");
+    wait_until("the last event", || {
+        stack
+            .events()
+            .iter()
+            .any(|entry| entry.get("event_type") == Some("last"))
+    });
+}

@@ -108,6 +108,16 @@ const FULL: &str = "do $$ declare kept text[] := '{}'; size integer := 64000000;
 /// An array whose elements fill memory bit by bit, so that hardly any is left for the error.
 const ARRAY: &str = "select outbox.publish_events((select jsonb_agg(1) from generate_series(1, 2000000)))";
 
+/// Further fields of which there are many take much more memory than their text.
+const FIELDS: &str = "select outbox.publish_event('t', 's',
+    publisher_config => (select jsonb_object_agg('k' || n, 1) from generate_series(1, 60000) n))";
+
+/// Before: "memory allocation of 2621440 bytes failed", and the end of all sessions.
+#[test]
+fn a_session_without_memory_for_many_fields_ends_no_other() {
+    assert_bystander_survives((3..14).map(|step| (FIELDS, 5 * step)));
+}
+
 /// pgrx copies each ERROR. Where the copy failed too, that was a PANIC.
 #[test]
 fn an_error_that_lacks_memory_ends_no_other_session() {

@@ -57,7 +57,7 @@ pub enum ConfigError {
 }
 
 /// The fields of an object take up to this many times its size, if they are many and short.
-const GROWTH: usize = 64;
+const GROWTH: usize = 48;
 /// For a smaller object, nobody looks whether there is memory.
 const LARGE: usize = 64 * 1024;
 

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 /// The same failure is reported again after this time.
 const TELL_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// So many different failures of a task are reported within that time. Their words may be of somebody else's choice.
+const TOLD: usize = 8;
 /// A failure that may pass soon is reported when it has lasted this long.
 const MAY_PASS_WITHIN: Duration = Duration::from_secs(1);
 
@@ -81,7 +83,7 @@ impl<T: Ord + Copy> Patience<T> {
         setback.failures += 1;
         setback.retry_at = now + wait.min(waits.longest);
         setback.told.retain(|(_, at)| now < *at + TELL_AGAIN_AFTER);
-        let is_told = setback.told.iter().any(|(told, _)| told == message);
+        let is_told = setback.told.len() >= TOLD || setback.told.iter().any(|(told, _)| told == message);
         if is_told || (may_pass && now < setback.since + MAY_PASS_WITHIN) {
             return false;
         }
@@ -128,5 +130,17 @@ mod tests {
         assert!(!patience.failed(2, "locked", true, WAITS, ms(999)));
         assert!(patience.failed(2, "locked", true, WAITS, ms(1_000)));
         assert!(!patience.failed(2, "locked", true, WAITS, ms(2_000)));
+    }
+
+    #[test]
+    fn few_failures_are_reported_in_a_minute_whatever_their_words_are() {
+        let mut patience = Patience::default();
+        let mut reported = |from_ms: u64| {
+            let words = (from_ms..from_ms + 1_000).map(|n| (n, format!("failure {n}")));
+            words
+                .filter(|(n, words)| patience.failed(1, words, false, WAITS, ms(*n)))
+                .count()
+        };
+        assert_eq!([reported(0), reported(30_000), reported(61_000)], [TOLD, 0, TOLD]);
     }
 }
