@@ -5,6 +5,7 @@ use crate::server::unguarded::NamedLock;
 use crate::server::{report, reserve};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use relay::failure::server_text::cleaned;
 use relay::fault::{self, Mutation};
 use relay::time::log_pace::{A_SECOND, BURST, LogPace};
 use std::cell::{Cell, RefCell};
@@ -445,7 +446,15 @@ pub(crate) fn log_in_any_case(level: LogLevel, message: &str, detail: Option<&st
         LogLevel::Debug | LogLevel::Info => (pg_sys::LOG, PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION),
         LogLevel::Warning | LogLevel::Error => (pg_sys::WARNING, PgSqlErrorCode::ERRCODE_WARNING),
     };
-    report::say(pg_level as i32, code, message, detail, hint);
+    // It may contain names and hosts of backends, which a role chooses.
+    let [detail, hint] = [detail, hint].map(|text| text.map(cleaned));
+    report::say(
+        pg_level as i32,
+        code,
+        &cleaned(message),
+        detail.as_deref(),
+        hint.as_deref(),
+    );
 }
 
 /// Logs a step at `outbox_relay.log_level = debug`. At any other level the message is not even formatted.

@@ -322,3 +322,21 @@ fn nobody_fills_the_log() {
             .any(|entry| entry.get("event_type") == Some("last"))
     });
 }
+
+/// A role that may insert backends chooses their names and hosts.
+#[test]
+fn a_backend_cannot_write_lines_or_escapes_into_the_log() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    stack.pg.exec(
+        "create role inserter; grant usage on schema outbox to inserter; grant select, insert on outbox.backends to inserter;
+         set role inserter;
+         insert into outbox.backends (name, host, port) values (E'a\\033[31mb\\nLOG:  forged', E'h\\033[0m\\nLOG:  forged', 1)",
+    );
+    stack.pg.wait_log("backend \"a [31mb LOG:  forged\" cannot be reached");
+    stack.pg.wait_log("Redis at [h [0m LOG:  forged]:1");
+    let log = stack.pg.log();
+    let forged = log
+        .lines()
+        .find(|line| line.contains('\u{1b}') || line.starts_with("\tLOG:"));
+    assert_eq!(forged, None, "{log}");
+}

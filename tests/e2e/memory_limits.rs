@@ -132,28 +132,22 @@ struct Backlog {
     count: usize,
     bytes: usize,
     kilobytes: u64,
-    /// What `health()` says about it if it is not sent.
-    trouble: Option<&'static str>,
+    /// What `health()` says if it is not sent.
+    trouble: &'static str,
 }
 
 const BACKLOGS: [Backlog; 6] = [
     // Before: "memory allocation of 1800842 bytes failed".
-    backlog("exactly_once", 20, 900_000, 0, Some("out of memory")),
-    backlog("exactly_once", 20, 900_000, 1_500, Some("out of memory")),
-    backlog("exactly_once", 20, 900_000, 6_000, None),
-    backlog("exactly_once", 200, 50_000, 1_500, None),
+    backlog("exactly_once", 20, 900_000, 0, "out of memory"),
+    backlog("exactly_once", 20, 900_000, 1_500, "out of memory"),
+    backlog("exactly_once", 20, 900_000, 6_000, "out of memory"),
+    backlog("exactly_once", 200, 50_000, 1_500, "out of memory"),
     // Before: "cannot allocate memory for thread-local data", in a thread that had just begun.
-    backlog("at_least_once", 200, 50_000, 0, Some("no memory for a sender")),
-    backlog("at_least_once", 20, 900_000, 1_500, Some("no memory for a sender")),
+    backlog("at_least_once", 200, 50_000, 0, "no memory for a sender"),
+    backlog("at_least_once", 20, 900_000, 1_500, "no memory for a sender"),
 ];
 
-const fn backlog(
-    delivery: &'static str,
-    count: usize,
-    bytes: usize,
-    kilobytes: u64,
-    trouble: Option<&'static str>,
-) -> Backlog {
+const fn backlog(delivery: &'static str, count: usize, bytes: usize, kilobytes: u64, trouble: &'static str) -> Backlog {
     Backlog {
         delivery,
         count,
@@ -214,22 +208,17 @@ fn a_worker_that_gets_no_memory_goes_on() {
             published.len(),
         );
         let all_arrived = || stack.redis.xlen(STREAM) == total;
-        match backlog.trouble {
-            None => wait_until(&what, all_arrived),
-            Some(words) => {
-                let said = eventually(&format!("{what}: {words}"), LIMIT, || {
-                    assert!(
-                        bystander.batch_execute("select 1").is_ok(),
-                        "the server has ended all sessions: {what}"
-                    );
-                    let trouble: String = stack
-                        .pg
-                        .one("select coalesce(string_agg(detail || hint, ' '), '') from outbox.health() where status = 'fail'");
-                    (trouble.contains(words) || all_arrived()).then_some(trouble)
-                });
-                println!("{what}: {said}");
-            }
-        }
+        let said = eventually(&format!("{what}: {}", backlog.trouble), LIMIT, || {
+            assert!(
+                bystander.batch_execute("select 1").is_ok(),
+                "the server has ended all sessions: {what}"
+            );
+            let trouble: String = stack
+                .pg
+                .one("select coalesce(string_agg(detail || hint, ' '), '') from outbox.health() where status = 'fail'");
+            (trouble.contains(backlog.trouble) || all_arrived()).then_some(trouble)
+        });
+        println!("{what}: {said}");
         limit(&mut bystander, worker, None);
         wait_until(&format!("{what}: all events"), all_arrived);
     }

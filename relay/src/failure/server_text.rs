@@ -40,7 +40,8 @@ fn hidden(text: &str) -> Cow<'_, str> {
     }
 }
 
-fn cleaned(text: &str) -> String {
+/// The text on one line, without invisible characters.
+pub fn cleaned(text: &str) -> String {
     text.chars().map(|c| if is_unseen(c) { ' ' } else { c }).collect()
 }
 
