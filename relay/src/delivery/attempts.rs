@@ -61,7 +61,7 @@ impl Attempts {
         at
     }
 
-    /// The settings have changed. Returns when the next attempt is. Further changes do not delay one that is already due.
+    /// The settings have changed. Returns when the next attempt is. Further changes delay none that is already due.
     pub(super) fn changed(&mut self, now: Now) -> Now {
         *self.changed_at.get_or_insert_with(|| {
             let at = now.max(self.paid_until.saturating_sub(HASTY_CHANGES * ASKED_PAUSE));

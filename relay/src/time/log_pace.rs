@@ -1,5 +1,5 @@
 //! How many lines a process may log. Each thing that goes wrong is logged once a minute, but whoever can make many
-//! things go wrong, or the same in ever other words, must not fill the disk.
+//! things go wrong, or the same in new words each time, must not fill the disk.
 
 use crate::time::Now;
 use std::time::Duration;
