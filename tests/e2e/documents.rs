@@ -430,8 +430,7 @@ fn fetched(what: &str, folder: &Path, script: &str) -> bool {
         .output()
         .expect("bash runs");
     if !ran.status.success() {
-        let why = String::from_utf8_lossy(&ran.stderr);
-        let why = why.lines().last().unwrap_or_default();
+        let why = env::why_failed(&ran);
         env::not_run(&format!("the packages of the consumer in {what} cannot be had: {why}"));
     }
     ran.status.success()

@@ -130,12 +130,12 @@ impl Project {
                 .output()
                 .expect("bash runs");
             if !ran.status.success() {
-                let why = String::from_utf8_lossy(&ran.stderr).into_owned();
+                let why = env::why_failed(&ran);
                 assert!(
                     std::env::var_os("OUTBOX_TEST_EXAMPLES").is_none(),
                     "{name}: {install}: {why}"
                 );
-                env::not_run(&format!("examples/{name}: its packages cannot be had"));
+                env::not_run(&format!("examples/{name}: its packages cannot be had: {why}"));
                 return None;
             }
             std::fs::write(&installed, wanted).expect("it can be written");

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use nix::unistd::{User, geteuid};
 use tempfile::TempDir;
@@ -43,6 +43,17 @@ pub fn not_run(why: &str) {
     let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
     file.and_then(|mut file| file.write_all(format!("{test}: {why}\n").as_bytes()))
         .expect("cannot write what was not run");
+}
+
+/// The line that says why a program has failed. Python says on its standard output that it has no venv.
+pub fn why_failed(ran: &Output) -> String {
+    let (errors, output) = (
+        String::from_utf8_lossy(&ran.stderr),
+        String::from_utf8_lossy(&ran.stdout),
+    );
+    let is_said = |line: &&str| !line.trim().is_empty();
+    let line = errors.lines().rfind(is_said).or_else(|| output.lines().find(is_said));
+    line.unwrap_or("it does not say why").trim().to_owned()
 }
 
 /// Whether this Postgres lacks a module (it was installed without contrib); then the test is skipped, with a message.
