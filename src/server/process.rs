@@ -5,6 +5,7 @@ use crate::server::unguarded::NamedLock;
 use crate::server::{report, reserve};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgSqlErrorCode, PgTryBuilder, pg_sys};
+use relay::failure::MORE_MEMORY;
 use relay::failure::server_text::cleaned;
 use relay::fault::{self, Mutation};
 use relay::time::log_pace::{A_SECOND, BURST, LogPace};
@@ -62,9 +63,7 @@ impl Aborted {
         Self {
             message: "out of memory".to_owned(),
             detail: Some("The process cannot get more memory.".to_owned()),
-            hint: Some(
-                "Events wait. Let the server's processes have more memory: look at ulimit -v and at vm.overcommit_memory.".to_owned(),
-            ),
+            hint: Some(format!("Events wait. {}", MORE_MEMORY)),
             code: PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
         }
     }

@@ -102,7 +102,6 @@ pub(crate) fn watching<R>(f: impl FnOnce() -> R) -> R {
         // SAFETY: called while an error is reported.
         unsafe { give_up_if_needed() };
     }
-    take();
     // SAFETY: the callback ignores its argument; a panic is caught.
     let outcome =
         unsafe { scoped::with_error_callback(on_error, ptr::null_mut(), || catch_unwind(AssertUnwindSafe(f))) };

@@ -19,9 +19,8 @@ pub const ASKED_AT_ONCE: usize = 200;
 pub const PROBE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Who wants to know about consumer groups, besides trimming.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    #[default]
     Nobody,
     /// Somebody calls outbox.health().
     Probe,

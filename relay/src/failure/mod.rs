@@ -5,7 +5,7 @@ pub mod memory;
 pub mod server_text;
 mod trouble;
 
-pub use trouble::{Class, Trouble};
+pub use trouble::{Class, MORE_MEMORY, Trouble};
 
 use crate::failure::server_text::shown;
 use redis::{ServerError, Value};

@@ -1,6 +1,10 @@
 //! Kinds of trouble. One exhaustive match ([`Trouble::judged`]) decides who is to blame for each and what helps;
 //! docs/FAILURES.md is the same table for users. [`Trouble::of_reply`] classifies error replies.
 
+/// What helps if a process of the server gets no memory.
+pub const MORE_MEMORY: &str =
+    "Let the server's processes have more memory: look at ulimit -v and at vm.overcommit_memory.";
+
 /// Whether the backend, its configuration or an event has failed. This decides what happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -128,10 +132,7 @@ impl Trouble {
                 Backend,
                 "Raise max_files_per_process and the server's limit of open files (ulimit -n), then restart the server.",
             ),
-            Self::NoMemory => (
-                Backend,
-                "Let the server's processes have more memory: look at ulimit -v and at vm.overcommit_memory.",
-            ),
+            Self::NoMemory => (Backend, MORE_MEMORY),
             Self::NotAllowed => (
                 Configuration,
                 "Add its name, address or network to outbox_relay.allowed_hosts in postgresql.conf, or change the backend's host.",

@@ -32,7 +32,7 @@ impl LastSurvey {
     /// writes no WAL on an idle server.
     pub(super) fn unsaved(&self, interest: Interest, now: Now) -> Option<&[Surveyed]> {
         let found = self.found.as_deref()?;
-        let is_old = || self.saved_at.is_none_or(|at| now >= at + SAVE_AGAIN_AFTER);
+        let is_old = || self.saved_at.is_some_and(|at| now >= at + SAVE_AGAIN_AFTER);
         (interest == Interest::View || found != self.saved || is_old()).then_some(found)
     }
 
