@@ -2,8 +2,8 @@
 //! notice. Builds without the feature `faults` contain none of this.
 //!
 //! Files in the working directory, which is the server's data directory, select both. `outbox_relay.crash_at` holds the
-//! name of a point, at which the process kills itself (or, if `hold` follows the name, waits until the file is
-//! removed). `outbox_relay.mutation`, which is read once, holds the name of a mutation. A thread that has called
+//! name of a point, at which the process kills itself. If `hold` follows the name, it waits until the file is removed;
+//! if `starve` does, the thread that comes there gets no memory from then on. `outbox_relay.mutation`, which is read once, holds the name of a mutation. A thread that has called
 //! [`mutate`] does not read the file.
 
 use std::str::FromStr;
@@ -95,6 +95,7 @@ mod armed {
 
     thread_local! {
         static OF_THREAD: Cell<Option<Option<Mutation>>> = const { Cell::new(None) };
+        static IS_STARVED: Cell<bool> = const { Cell::new(false) };
     }
 
     pub(super) fn mutate(mutation: Option<Mutation>) {
@@ -111,7 +112,8 @@ mod armed {
         if words.next() != Some(point.name()) {
             return;
         }
-        if words.next() == Some("hold") {
+        let what = words.next();
+        if what == Some("hold") {
             // Notifies the test that waits for this.
             let _ = fs::write("outbox_relay.held", point.name());
             while said() == text {
@@ -121,7 +123,14 @@ mod armed {
             return;
         }
         let _ = fs::remove_file(CRASH_FILE);
-        die();
+        match what == Some("starve") {
+            true => IS_STARVED.set(true),
+            false => die(),
+        }
+    }
+
+    pub(super) fn is_starved() -> bool {
+        IS_STARVED.get()
     }
 
     /// Ends the process as if it had been killed: no more of its code runs.
@@ -150,6 +159,12 @@ pub fn reach(point: Point) {
     armed::reach(point);
 }
 
+/// Whether this thread is to get no memory.
+#[cfg(feature = "faults")]
+pub fn is_starved() -> bool {
+    armed::is_starved()
+}
+
 /// Whether this mutation is active.
 #[cfg(feature = "faults")]
 pub fn is_mutated(mutation: Mutation) -> bool {
@@ -169,5 +184,11 @@ pub fn reach(_point: Point) {}
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn is_mutated(_mutation: Mutation) -> bool {
+    false
+}
+
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn is_starved() -> bool {
     false
 }

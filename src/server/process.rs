@@ -154,6 +154,7 @@ pub(crate) fn is_told_to_end() -> bool {
 /// Handles pending interrupts: barriers, memory-context logging, and the end of the process. Between transactions there
 /// is nothing to cancel.
 pub(crate) fn handle_interrupts() {
+    reserve::end_if_a_thread_gets_none();
     PgTryBuilder::new(|| {
         pg_sys::check_for_interrupts!();
     })

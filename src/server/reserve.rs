@@ -7,16 +7,18 @@
 //!
 //! So the reserve is given up when an ERROR says that memory has run out, and when Rust gets none. Whoever enters our
 //! code next takes it again, or is refused with an ERROR. What is larger than the reserve, or can be done without, is
-//! asked for (`relay::failure::memory`). If all that does not help, the process ends by itself, with a FATAL error.
+//! asked for (`relay::failure::memory`). If all that does not help, the process ends by itself, with a FATAL error. Only
+//! the main thread can do so: another thread waits for memory, and after a while asks the main thread to end.
 
 use crate::server::{out_of_memory, scoped, unguarded};
 use pgrx::PgSqlErrorCode;
 use relay::failure::memory;
+use relay::fault;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -24,11 +26,15 @@ use std::time::Duration;
 /// Nothing is written into the reserve, so it is address space and no memory.
 const SIZE: usize = 4 << 20;
 
-/// How long a thread beside the main thread waits for memory: others may free some. Only the main thread can end the
-/// process in order.
-const TRIES: u32 = 50;
+/// How long a thread beside the main thread waits for memory before it asks the main thread to end the process: others
+/// may free some.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it then still waits. The main thread may be waiting for a lock of this thread, or for a disk.
+const LAST_PATIENCE: Duration = Duration::from_secs(60);
 const TRY_AGAIN: Duration = Duration::from_millis(100);
 
+/// What a thread waits for in vain, in bytes. 0: none does.
+static MISSED: AtomicUsize = AtomicUsize::new(0);
 static KEPT: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 
 /// Keeps the reserve. False: there is no memory for it.
@@ -117,6 +123,10 @@ static MEMORY: Memory = Memory;
 /// The result of `get`. Null only if whoever asks can do without it, or nothing helps.
 #[inline]
 fn gotten(size: usize, get: impl Fn() -> *mut u8) -> *mut u8 {
+    let get = || match fault::is_starved() {
+        true => ptr::null_mut(),
+        false => get(),
+    };
     let memory = get();
     match memory.is_null() {
         true => gotten_after_all(size, get),
@@ -137,14 +147,26 @@ fn gotten_after_all(size: usize, get: impl Fn() -> *mut u8) -> *mut u8 {
     if memory.is_null() && is_main_thread() {
         out_of_memory::end_process(size);
     }
-    for _ in 0..TRIES {
-        if !memory.is_null() {
-            break;
+    let mut waited = Duration::ZERO;
+    while memory.is_null() && waited < PATIENCE + LAST_PATIENCE {
+        if waited == PATIENCE {
+            MISSED.store(size, Ordering::Relaxed);
+            // SAFETY: Postgres's handler sets the latch of the main thread, which alone takes signals.
+            unsafe { libc::kill(libc::getpid(), libc::SIGUSR1) };
         }
         thread::sleep(TRY_AGAIN);
+        waited += TRY_AGAIN;
         memory = get();
     }
     memory
+}
+
+/// Ends the process if another of its threads waits for memory in vain. In the main thread.
+pub(crate) fn end_if_a_thread_gets_none() {
+    let missed = MISSED.load(Ordering::Relaxed);
+    if missed > 0 {
+        out_of_memory::end_process(missed);
+    }
 }
 
 fn is_main_thread() -> bool {

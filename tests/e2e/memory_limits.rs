@@ -1,8 +1,9 @@
 //! A session that gets no more memory fails with an error of its own. Where Rust gets none, it ends the process, and
 //! that ends all sessions of the server. So nothing is copied there whose size others choose.
 
+use crate::moving_in;
 use kit::stack::STREAM;
-use kit::{LIMIT, Stack, eventually, ids, standing, wait_until};
+use kit::{LIMIT, Postgres, Redis, Stack, eventually, ids, standing, wait_until};
 use postgres::Client;
 
 /// Statements of a publisher, who may also write backends and routes, with texts of some hundred megabytes.
@@ -51,11 +52,18 @@ fn assert_bystander_survives(statements: impl IntoIterator<Item = (&'static str,
         "create role publisher login; select outbox.grant_publisher('publisher');
          grant select, insert, update on outbox.backends, outbox.routes to publisher",
     );
+    assert_survives(&stack, "publisher", statements);
+}
+
+/// The same of a role's statements on this stack.
+fn assert_survives(stack: &Stack, role: &str, statements: impl IntoIterator<Item = (impl AsRef<str>, u64)>) {
     let mut bystander = stack.pg.client();
     for (sql, megabytes) in statements {
-        let mut client = stack.pg.client_as("publisher", "postgres");
+        let sql = sql.as_ref();
+        let mut client = stack.pg.client_as(role, "postgres");
+        // Our code is loaded.
         client
-            .batch_execute("select outbox.publish_event('t', 's')")
+            .batch_execute("begin; select outbox.publish_event('t', 's'); rollback")
             .expect("published");
         let pid: i32 = client.query_one("select pg_backend_pid()", &[]).expect("a pid").get(0);
         limit(&mut bystander, pid, Some(megabytes * 1_000));
@@ -124,6 +132,77 @@ fn an_error_that_lacks_memory_ends_no_other_session() {
     let full = [20, 27, 34, 41].map(|megabytes| (FULL, megabytes));
     let array = (0..24).map(|step| (ARRAY, 4 + 13 * step));
     assert_bystander_survives(full.into_iter().chain(array));
+}
+
+/// Events that were sent or have failed, rows of tables that are moved in, and a file, each with texts of 12 MB.
+const LARGE: &str = "
+    create function large() returns jsonb language sql as $$ select to_jsonb(repeat('x', 12000000)) $$;
+    create table old_rows (id uuid, aggregatetype text, aggregateid text, type text, payload jsonb);
+    insert into old_rows select gen_random_uuid(), 'a', n::text, 't', large() from generate_series(1, 3) n;
+    insert into outbox_events (data) select large() from generate_series(1, 3);
+    create table orders (id serial primary key, data jsonb);
+    insert into orders (data) select large() from generate_series(1, 3);
+    select outbox.attach_table('orders');
+    select outbox.publish_event('sent', 's', large()) from generate_series(1, 3);
+    select outbox.publish_event('failed', 's', large(), stream => 'taken', max_retries => 0) from generate_series(1, 3)";
+
+/// Acts of a superuser, who is an owner and a consumer too.
+const ACTS: [&str; 21] = [
+    "copy outbox.events (event_type, source, data) from '{file}'",
+    "insert into outbox.events (event_type, source, data) select 't', 's', data from orders",
+    "select outbox.publish_events((select jsonb_agg(jsonb_build_object('event_type', 't', 'source', 's', 'data', data)) from orders))",
+    "insert into orders (data) select data from orders",
+    "update orders set data = jsonb_build_array(data)",
+    "delete from orders",
+    "select * from outbox.import_debezium('old_rows', dry_run => false, ambiguous => 'send', backend => 'default')",
+    "select * from outbox.import_django_broadcaster('outbox_events', dry_run => false)",
+    "insert into outbox_events (data) select data from orders",
+    "select outbox.consume_once(repeat('x', 200000000), gen_random_uuid())",
+    "select count(*) from outbox.consume_once('c', (select array_agg(gen_random_uuid()) from generate_series(1, 3000000)))",
+    "select outbox.retry_failed()",
+    "call outbox.retry_all_failed()",
+    "select outbox.replay('default', now() - interval '1 day')",
+    "select outbox.preview(event_id) from outbox.events",
+    "select outbox.erase(event_id) from outbox.events",
+    "select * from outbox.health(); select * from outbox.status; select * from outbox.consumers; select * from outbox.metrics",
+    "select * from outbox.top; select * from outbox.event_status; select * from outbox.events",
+    "insert into outbox.routes (event_type, backend) select 't' || n, 'default' from generate_series(1, 100000) n",
+    "insert into outbox.backends (name, host) select 'b' || n, 'h' from generate_series(1, 100000) n",
+    "drop extension outbox_relay cascade",
+];
+
+#[test]
+fn acts_that_get_no_memory_end_no_other_session() {
+    let stack = Stack::with(&[("outbox_relay.max_event_size", "64MB")]);
+    stack.redis.call(&["SET", "taken", "x"]);
+    stack.pg.exec(moving_in::TABLE);
+    stack.pg.exec(moving_in::MODEL);
+    stack.pg.exec(LARGE);
+    wait_until("what was published is sent or has failed", || {
+        stack.redis.xlen(STREAM) == 3 && standing(&stack.pg, "default").failed == 3
+    });
+    let file = stack.pg.data_dir().join("events.copy");
+    let file = file.to_str().expect("a path of the test's");
+    stack
+        .pg
+        .exec(&format!("copy (select 't', 's', data from orders) to '{file}'"));
+    let acts = ACTS
+        .iter()
+        .flat_map(|act| [2, 25, 50, 100, 160].map(|megabytes| (act.replace("{file}", file), megabytes)));
+    // A procedure that commits cannot be called within a transaction.
+    let undone = |act: String| match act.starts_with("call") {
+        true => act,
+        false => format!("begin; {act}; rollback"),
+    };
+    assert_survives(
+        &stack,
+        "postgres",
+        acts.map(|(act, megabytes)| (undone(act), megabytes)),
+    );
+    assert!(
+        !stack.pg.log().contains("FATAL:  out of memory"),
+        "a session has ended, where an ERROR was possible"
+    );
 }
 
 /// A backlog, of events with this many bytes each, that a worker sends while it gets so many more kilobytes.
@@ -225,4 +304,25 @@ fn a_worker_that_gets_no_memory_goes_on() {
     assert_eq!(ids(&stack.events()), published, "each once, in order");
     assert_eq!(stack.pg.worker_pid("postgres"), Some(worker), "the same worker");
     assert_eq!(standing(&stack.pg, "default").failed, 0);
+}
+
+/// Only the main thread can end the process in order. Before, the thread ended it, and so all sessions.
+#[test]
+fn a_thread_that_gets_no_memory_ends_its_worker_alone() {
+    let stack = Stack::of(Postgres::with(&[]).faults(), Redis::start());
+    let mut bystander = stack.pg.client();
+    let worker = stack.pg.wait_worker("postgres");
+    let first = stack.publish("first");
+    stack.wait_events(1);
+    stack.pg.starve_at("after_write");
+    let second = stack.publish("second");
+    stack.pg.wait_log("FATAL:  out of memory");
+    stack.pg.wait_new_worker(worker);
+    assert!(
+        bystander.batch_execute("select 1").is_ok(),
+        "the server has ended all sessions"
+    );
+    let third = stack.publish("third");
+    stack.wait_events(3);
+    assert_eq!(ids(&stack.events()), [first, second, third], "each once, in order");
 }

@@ -7,10 +7,10 @@ use kit::{Refused, Stack, ids, wait_drained};
 use postgres::Client;
 use uuid::Uuid;
 
-const TABLE: &str = include_str!("../django_broadcaster/schema.sql");
+pub(crate) const TABLE: &str = include_str!("../django_broadcaster/schema.sql");
 
 /// Columns that the package's model fills in.
-const MODEL: &str = "alter table outbox_events
+pub(crate) const MODEL: &str = "alter table outbox_events
     alter id set default gen_random_uuid(), alter spec_version set default '1.0', alter event_type set default 't', alter source set default 's',
     alter subject set default '', alter data_content_type set default 'application/json', alter data_schema set default '',
     alter status set default 'pending', alter created_at set default clock_timestamp(), alter updated_at set default clock_timestamp(),

@@ -53,6 +53,12 @@ impl Postgres {
         self.put(CRASH_AT, &format!("{} hold", known(point).name()));
     }
 
+    /// The next thread of a worker that reaches this point gets no more memory.
+    #[track_caller]
+    pub fn starve_at(&self, point: &str) {
+        self.put(CRASH_AT, &format!("{} starve", known(point).name()));
+    }
+
     /// Lets a waiting worker continue, and removes a point that none has reached.
     #[track_caller]
     pub fn release(&self) {
