@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use kit::process::memory_kb;
 use kit::{
     BlackHole, Postgres, QUICK, Redis, Refused, Stack, ids, publish_many, standing, types, wait_drained, wait_eq,
     wait_trouble, wait_until,
@@ -369,15 +370,7 @@ fn ten_backends_that_are_down_cost_ten_others_neither_time_nor_memory() {
         ));
     }
     let worker = stack.pg.wait_worker("postgres");
-    let memory_kb = || -> usize {
-        let status = std::fs::read_to_string(format!("/proc/{worker}/status")).expect("the worker lives");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("RssAnon:"))
-            .expect("RssAnon");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
-    };
-    let before = memory_kb();
+    let before = memory_kb(worker);
     // 100 MB for the backends that are down.
     stack.pg.exec(
         "select outbox.publish_event('t', 'kit', jsonb_build_object('text', repeat('x', 10000)), backend => name)
@@ -397,7 +390,7 @@ fn ten_backends_that_are_down_cost_ten_others_neither_time_nor_memory() {
         let down = standing(&stack.pg, &format!("down{n}"));
         assert_eq!((down.pending, down.published), (1_000, 0));
     }
-    let grown = memory_kb().saturating_sub(before);
+    let grown = memory_kb(worker).saturating_sub(before);
     assert!(grown < 30_000, "the worker has grown by {grown} kB");
     assert_eq!(stack.pg.wait_worker("postgres"), worker);
     stack.pg.exec(&format!(

@@ -265,19 +265,6 @@ fn columns_that_were_added_to_the_table_get_their_defaults() {
     assert_eq!(Refused::of(client.batch_execute(call)).code, "23514");
 }
 
-/// The process's own memory in kilobytes: neither shared memory nor files.
-fn own_memory_kb(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the worker lives");
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("RssAnon:"))
-        .expect("Linux says it");
-    line.split_whitespace()
-        .nth(1)
-        .and_then(|kb| kb.parse().ok())
-        .expect("a number of kB")
-}
-
 #[test]
 fn memory_does_not_grow_with_the_backlog() {
     const COUNT: i32 = 100_000;
@@ -288,7 +275,7 @@ fn memory_does_not_grow_with_the_backlog() {
     stack.publish("first");
     stack.wait_events(1);
     let worker = stack.pg.wait_worker("postgres");
-    let idle_kb = own_memory_kb(worker);
+    let idle_kb = process::memory_kb(worker);
     enable(&stack.pg, false);
     stack.pg.exec(&format!(
         "select outbox.publish_event('event', 'kit', jsonb_build_object('n', n, 'text', repeat('x', 200))) \
@@ -297,7 +284,7 @@ fn memory_does_not_grow_with_the_backlog() {
     enable(&stack.pg, true);
     let mut most_kb = idle_kb;
     wait_until("the backlog in its stream", || {
-        most_kb = most_kb.max(own_memory_kb(worker));
+        most_kb = most_kb.max(process::memory_kb(worker));
         stack.redis.xlen("events") > COUNT as usize
     });
     assert_unharmed(&stack, worker);

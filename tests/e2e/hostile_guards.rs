@@ -3,7 +3,8 @@
 
 use kit::liar;
 use kit::{
-    Guard, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_trouble, wait_until,
+    Bystander, Guard, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_trouble,
+    wait_until,
 };
 
 /// Two backends, each with a Redis: `default`, and `other`, which is not attacked.
@@ -49,7 +50,8 @@ impl Two {
 /// Positions after everything that this server has written, each in one of their parts.
 fn beyond(pg: &Postgres) -> Vec<(&'static str, String)> {
     let next: i64 = pg.one("select pg_snapshot_xmax(pg_current_snapshot())::text::bigint");
-    let far = next + 1_000;
+    // Others publish meanwhile.
+    let far = next + 1_000_000;
     let last = i64::MAX - 1;
     let low = format!("3:{next}:/{next}/1/1");
     vec![
@@ -104,6 +106,7 @@ fn an_impossible_field_is_named_with_its_key_and_not_believed() {
     two.stack.wait_events(1);
     wait_drained(&two.stack.pg, "default");
     let key = two.stack.guard_key();
+    let bystander = Bystander::start(&two.stack);
     for (n, (field, value)) in beyond(&two.stack.pg).into_iter().enumerate() {
         let what = format!("{field} {}", value.chars().take(60).collect::<String>());
         let honest = two.stack.guard();
@@ -136,6 +139,7 @@ fn an_impossible_field_is_named_with_its_key_and_not_believed() {
         let found = standing(&two.stack.pg, "default");
         assert_eq!(found.published, expected.len() as i64, "{what}");
     }
+    bystander.stop(&two.stack).assert_harmless("forged guards");
 }
 
 /// Larger than any guard: no field of it is used.

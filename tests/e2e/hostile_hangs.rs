@@ -7,7 +7,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use kit::liar;
-use kit::{BlackHole, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_eq, wait_trouble, wait_until};
+use kit::{
+    BlackHole, Bystander, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_eq, wait_trouble, wait_until,
+};
 use nix::sys::socket::{Backlog, listen};
 
 fn stack() -> Stack {
@@ -50,6 +52,7 @@ fn a_reply_that_drips_is_given_up_at_each_step() {
             (step, liar)
         })
         .collect();
+    let bystander = Bystander::start(&stack);
     for (step, liar) in &liars {
         let at = match *step {
             "SENTINEL" | "HELLO" => format!(
@@ -81,6 +84,7 @@ fn a_reply_that_drips_is_given_up_at_each_step() {
     }
     println!("{} steps: in backoff within {:?}", liars.len(), start.elapsed());
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    bystander.stop(&stack).assert_harmless("16 replies that drip");
     stack.publish("the backend that works");
     stack.wait_events(1);
     for (step, liar) in &liars {
@@ -137,10 +141,11 @@ fn a_hanging_unix_socket_is_given_up_at_each_step() {
     let listener = UnixListener::bind(&path).expect("cannot listen");
     open_to_all(&path);
     listen(&listener.as_fd(), Backlog::new(0).expect("a valid backlog")).expect("cannot shorten the queue");
+    let bystander = Bystander::start(&stack);
     // The only place that is left in the queue.
     let queued = UnixStream::connect(&path).expect("the queue's only place");
     stack.pg.exec(&format!(
-        "update outbox.backends set unix_socket = '{}'",
+        "update outbox.backends set unix_socket = '{}' where name = 'default'",
         path.display()
     ));
     stack.publish("full");
@@ -153,7 +158,7 @@ fn a_hanging_unix_socket_is_given_up_at_each_step() {
     liar.listen_at(path.clone());
     open_to_all(&path);
     stack.pg.exec(&format!(
-        "update outbox.backends set unix_socket = '{}'",
+        "update outbox.backends set unix_socket = '{}' where name = 'default'",
         path.display()
     ));
     stack.pg.exec("select outbox.publish_event('t', 'kit', jsonb_build_object('x', repeat('x', 100000))) from generate_series(1, 50)");
@@ -166,10 +171,13 @@ fn a_hanging_unix_socket_is_given_up_at_each_step() {
             .then(|| Lie::drip("*2\r\n$900\r\nxxxxxxxxxxxxxxxxxxxxxxxxxx", Duration::from_millis(100)))?
     });
     let mark = stack.pg.log().len();
-    stack.pg.exec("update outbox.backends set db = 1");
+    stack
+        .pg
+        .exec("update outbox.backends set db = 1 where name = 'default'");
     stack.pg.wait_log_after(mark, "timed out");
     liar.lie(|_| None);
     wait_eq("all events", 51, || liar.entries("events"));
+    bystander.stop(&stack).assert_harmless("unix sockets that hang");
 }
 
 fn open_to_all(path: &std::path::Path) {
@@ -180,14 +188,15 @@ fn open_to_all(path: &std::path::Path) {
 #[test]
 fn a_handshake_that_gets_nowhere_is_given_up() {
     let stack = stack();
-    let hole = BlackHole::start();
+    let (hole, bystander) = (BlackHole::start(), Bystander::start(&stack));
     stack.pg.exec(&format!(
-        "update outbox.backends set tls = true, tls_insecure = true, host = '127.0.0.1', port = {}",
+        "update outbox.backends set tls = true, tls_insecure = true, host = '127.0.0.1', port = {} where name = 'default'",
         hole.port()
     ));
     stack.publish("t");
     let found = wait_trouble(&stack.pg, "default", "backoff", "TLS handshake: timed out");
     assert_eq!((found.pending, found.published), (1, 0));
+    bystander.stop(&stack).assert_harmless("a TLS handshake that hangs");
 }
 
 /// Redis answers a WAIT only after its timeout. A server that answers at once that there are too few replicas is asked

@@ -1,7 +1,7 @@
 //! Texts of servers that could harm their readers: in a log, a view, a table or a terminal.
 
 use kit::liar;
-use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_until};
+use kit::{Bystander, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, types, wait_drained, wait_eq, wait_until};
 
 /// Texts that are no host names: control characters, changes of direction, a quote, too long, and characters that a
 /// terminal or a text in Postgres cannot hold.
@@ -69,6 +69,7 @@ fn an_invalid_host_name_from_a_sentinel_is_refused() {
         "update outbox.backends set mode = 'sentinel', host = null, port = null, sentinel_master = 'm', nodes = '{{127.0.0.1:{}}}'",
         liar.port()
     ));
+    let bystander = Bystander::start(&stack);
     stack
         .pg
         .wait_log(&format!("is connected to Redis at 127.0.0.1:{}", liar.port()));
@@ -76,14 +77,18 @@ fn an_invalid_host_name_from_a_sentinel_is_refused() {
         let what = String::from_utf8_lossy(&host[..host.len().min(30)]).into_owned();
         let lie = [b"*2\r\n".to_vec(), bulk(&host), bulk(b"6379")].concat();
         liar.lie(move |words| (words[0] == "SENTINEL").then(|| Lie::Say(lie.clone())));
-        stack.pg.exec("update outbox.backends set port = port");
+        stack
+            .pg
+            .exec("update outbox.backends set port = port where name = 'default'");
         stack.pg.exec("select outbox.wake()");
         stack.publish(&format!("t{n}"));
         // A connected worker has no reason to ask, unless its destination changes.
-        stack.pg.exec("update outbox.backends set enabled = false");
         stack
             .pg
-            .exec("update outbox.backends set enabled = true, db = 1 - coalesce(db, 0)");
+            .exec("update outbox.backends set enabled = false where name = 'default'");
+        stack
+            .pg
+            .exec("update outbox.backends set enabled = true, db = 1 - coalesce(db, 0) where name = 'default'");
         wait_refused(&stack.pg, &what);
         assert_clean(&stack.pg, &what);
     }
@@ -94,6 +99,7 @@ fn an_invalid_host_name_from_a_sentinel_is_refused() {
     // The right answer, which is this server's own address.
     liar.lie(|_| None);
     wait_eq("all events", bad_hosts().len(), || liar.entries("events"));
+    bystander.stop(&stack).assert_harmless("a sentinel's invalid names");
 }
 
 #[test]
@@ -104,6 +110,7 @@ fn an_invalid_host_name_from_a_cluster_node_is_refused() {
         "update outbox.backends set mode = 'cluster', host = null, port = null, nodes = '{{127.0.0.1:{}}}'",
         liar.port()
     ));
+    let bystander = Bystander::start(&stack);
     for (n, host) in bad_hosts().into_iter().enumerate() {
         let what = String::from_utf8_lossy(&host[..host.len().min(30)]).into_owned();
         let node = [b"*2\r\n".to_vec(), bulk(&host), b":6379\r\n".to_vec()].concat();
@@ -127,12 +134,14 @@ fn an_invalid_host_name_from_a_cluster_node_is_refused() {
         wait_eq(&what, n + 1, || liar.entries("events"));
         wait_drained(&stack.pg, "default");
     }
+    bystander.stop(&stack).assert_harmless("a cluster node's invalid names");
 }
 
 /// The first of each kind of answer: errors, statuses and ids.
 #[test]
 fn server_texts_are_shown_cleaned_and_cut_or_not_at_all() {
     let (stack, liar) = liar::trusted();
+    let bystander = Bystander::start(&stack);
     let words: [&[u8]; 5] = [
         b"-ERR \x1b[2J\x07\0 \xe2\x80\xae evil\r\n",
         b"-WRONGTYPE\0\x1b]0;x\x07\r\n",
@@ -145,7 +154,9 @@ fn server_texts_are_shown_cleaned_and_cut_or_not_at_all() {
         for said in words {
             let what = format!("{command} {}", String::from_utf8_lossy(said));
             liar.lie(move |words| (words[0] == command).then(|| Lie::Say(said.to_vec())));
-            stack.pg.exec("update outbox.backends set db = 1 - coalesce(db, 0)");
+            stack
+                .pg
+                .exec("update outbox.backends set db = 1 - coalesce(db, 0) where name = 'default'");
             stack.publish("t");
             wait_until(&what, || {
                 let found = standing(&stack.pg, "default");
@@ -168,6 +179,9 @@ fn server_texts_are_shown_cleaned_and_cut_or_not_at_all() {
     let found = kit::wait_trouble(&stack.pg, "default", "backoff", "longer than any reply of Redis");
     assert_eq!((found.pending, found.published), (1, before));
     assert_clean(&stack.pg, "an id of 2 MB");
+    bystander
+        .stop(&stack)
+        .assert_harmless("invalid and invisible characters");
     stack.point("default", &stack.redis);
     assert!(types(&stack.wait_events(1)).contains(&"last"));
 }

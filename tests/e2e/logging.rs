@@ -1,7 +1,8 @@
 //! The worker's log: a line on each change of state, no more, and never the content of events or credentials of Redis.
 
 use kit::{
-    BlackHole, Garbage, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble, wait_until,
+    BlackHole, Bystander, Garbage, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_drained, wait_trouble,
+    wait_until,
 };
 
 fn count(log: &str, text: &str) -> usize {
@@ -285,6 +286,7 @@ fn nobody_fills_the_log() {
         locked.port(),
         garbage.port()
     ));
+    let bystander = Bystander::start(&stack);
     let start = std::time::Instant::now();
     let mark = lines_of_worker(&stack.pg.log());
     let rounds = std::thread::scope(|scope| {
@@ -314,6 +316,9 @@ fn nobody_fills_the_log() {
     // One line in addition for each that tells how many were left out.
     assert!(lines <= 200 + 2 * 10 * seconds, "{lines} lines in {seconds} s");
     assert!(count(&log, "outbox_relay left out ") > 0, "more was to be said");
+    bystander
+        .stop(&stack)
+        .assert_undisturbed("all kinds of failures at once");
     stack.publish("last");
     wait_until("the last event", || {
         stack

@@ -35,11 +35,11 @@ fn changes_that_change_nothing_delay_no_event() {
         &["grant insert on outbox.events to somebody; revoke insert on outbox.events from somebody"],
     ] {
         let bystander = Bystander::start(&stack);
-        let delays = during(&stack, statements, || {
+        let noticed = during(&stack, statements, || {
             std::thread::sleep(Duration::from_secs(2));
             bystander.stop(&stack)
         });
-        delays.assert_undisturbed(statements[0]);
+        noticed.assert_undisturbed(statements[0]);
     }
 }
 

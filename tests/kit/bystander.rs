@@ -1,5 +1,5 @@
 //! A bystander, who should not notice what others do: publishes to a backend of its own, and measures how long its
-//! events took.
+//! events took, and what the worker occupied meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::postgres::{DB, USER};
+use crate::process::Usage;
 use crate::{Stack, wait_until};
 
 /// The bystander's backend, and its stream.
@@ -17,12 +18,19 @@ const PAUSE: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub struct Bystander {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<usize>,
+    idle: Usage,
+    thread: JoinHandle<(usize, Usage)>,
 }
 
-/// In milliseconds, from publishing to Redis's clock: sorted.
+/// What a bystander has noticed.
 #[derive(Debug)]
-pub struct Delays(Vec<i64>);
+pub struct Noticed {
+    /// In milliseconds, from publishing to Redis's clock: sorted.
+    delays: Vec<i64>,
+    /// What the worker occupied before, and the most that it occupied.
+    idle: Usage,
+    most: Usage,
+}
 
 impl Bystander {
     /// Creates the backend, in the stack's Redis, and begins once its events arrive.
@@ -39,24 +47,28 @@ impl Bystander {
         stack.redis.call(&["DEL", NAME]);
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, config) = (Arc::clone(&stop), stack.pg.config(USER, DB));
+        let worker = stack.pg.wait_worker(DB);
+        let idle = Usage::of(worker).expect("the worker lives");
         let thread = std::thread::spawn(move || {
             let mut client = config.connect(::postgres::NoTls).expect("a session");
-            let mut count = 0;
+            let (mut count, mut most) = (0, idle);
             while !stopped.load(Ordering::Relaxed) {
                 client.batch_execute(&publish).expect("published");
                 count += 1;
+                // Of another worker, if there is one, nothing is known.
+                most = Usage::of(worker).map_or(most, |usage| usage.max(most));
                 std::thread::sleep(PAUSE);
             }
-            count
+            (count, most)
         });
-        Bystander { stop, thread }
+        Bystander { stop, idle, thread }
     }
 
-    /// The latencies of its events, once they have all arrived.
+    /// What it noticed, once all its events have arrived.
     #[track_caller]
-    pub fn stop(self, stack: &Stack) -> Delays {
+    pub fn stop(self, stack: &Stack) -> Noticed {
         self.stop.store(true, Ordering::Relaxed);
-        let count = self.thread.join().expect("the bystander published");
+        let (count, most) = self.thread.join().expect("the bystander published");
         let entries = stack.redis.wait_entries(NAME, count);
         assert_eq!(entries.len(), count, "each event once");
         let delay_ms = |entry: &crate::Entry| -> i64 {
@@ -73,7 +85,8 @@ impl Bystander {
         let mut delays: Vec<i64> = entries.iter().map(delay_ms).collect();
         delays.sort_unstable();
         stack.redis.call(&["DEL", NAME]);
-        Delays(delays)
+        let idle = self.idle;
+        Noticed { delays, idle, most }
     }
 }
 
@@ -82,16 +95,16 @@ impl Bystander {
 pub fn median_beside(stack: &Stack, what: &str, act: impl FnOnce()) -> Duration {
     let bystander = Bystander::start(stack);
     act();
-    let delays = bystander.stop(stack);
-    delays.assert_undisturbed(what);
-    delays.quantile(0.5)
+    let noticed = bystander.stop(stack);
+    noticed.assert_undisturbed(what);
+    noticed.quantile(0.5)
 }
 
-impl Delays {
+impl Noticed {
     /// The delay that this share of the events did not exceed.
     pub fn quantile(&self, share: f64) -> Duration {
-        let index = (self.0.len() as f64 * share) as usize;
-        Duration::from_millis(self.0[index.min(self.0.len() - 1)].max(0) as u64)
+        let index = (self.delays.len() as f64 * share) as usize;
+        Duration::from_millis(self.delays[index.min(self.delays.len() - 1)].max(0) as u64)
     }
 
     /// An event that is delayed by a lock, a flood or a failure is usually seconds late. A busy machine delays less,
@@ -99,10 +112,31 @@ impl Delays {
     #[track_caller]
     pub fn assert_undisturbed(&self, by: &str) {
         let [median, most] = [0.5, 0.99].map(|share| self.quantile(share));
-        println!("{by}: {} events, median {median:?}, p99 {most:?}", self.0.len());
+        println!(
+            "{by}: {} events, median {median:?}, p99 {most:?}; worker +{} KiB, +{} descriptors, +{} threads",
+            self.delays.len(),
+            self.grown_kb(),
+            self.most.descriptors - self.idle.descriptors,
+            self.most.threads - self.idle.threads,
+        );
         assert!(
             median < Duration::from_millis(800) && most < Duration::from_secs(3),
             "{by}: p99 {most:?}, median {median:?}"
         );
+    }
+
+    /// The same, and the worker has not grown much, whatever servers have said to it.
+    #[track_caller]
+    pub fn assert_harmless(&self, by: &str) {
+        self.assert_undisturbed(by);
+        let (idle, most) = (self.idle, self.most);
+        assert!(self.grown_kb() < 32 * 1_024, "{by}: {idle:?}, {most:?}");
+        assert!(most.descriptors < idle.descriptors + 150, "{by}: {idle:?}, {most:?}");
+        assert!(most.threads < idle.threads + 100, "{by}: {idle:?}, {most:?}");
+    }
+
+    /// How much more memory the worker had at most.
+    pub fn grown_kb(&self) -> u64 {
+        self.most.memory_kb - self.idle.memory_kb
     }
 }

@@ -34,19 +34,48 @@ pub fn title(pid: i32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ").trim().to_string()
 }
 
+/// What a process occupies.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Anonymous memory: neither shared memory nor files.
+    pub memory_kb: u64,
+    pub descriptors: usize,
+    pub threads: usize,
+}
+
+impl Usage {
+    /// `None`: there is no such process.
+    pub fn of(pid: i32) -> Option<Self> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let number = |name: &str| -> Option<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        Some(Usage {
+            memory_kb: number("RssAnon:")?,
+            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count(),
+            threads: usize::try_from(number("Threads:")?).ok()?,
+        })
+    }
+
+    /// The larger figure of each.
+    pub fn max(self, other: Usage) -> Usage {
+        Usage {
+            memory_kb: self.memory_kb.max(other.memory_kb),
+            descriptors: self.descriptors.max(other.descriptors),
+            threads: self.threads.max(other.threads),
+        }
+    }
+}
+
 /// How many file descriptors a process has open.
 pub fn descriptors(pid: i32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd"))
-        .expect("the process lives")
-        .count()
+    Usage::of(pid).expect("the process lives").descriptors
 }
 
 /// Anonymous memory of a process, in KiB.
 pub fn memory_kb(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
-    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
-    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
-        .expect("Linux says")
+    Usage::of(pid).expect("the process lives").memory_kb
 }
 
 /// Processor time of all threads of a process, in steps of ten milliseconds.
