@@ -3,8 +3,8 @@
 //!
 //! Files in the working directory, which is the server's data directory, select both. `outbox_relay.crash_at` holds the
 //! name of a point, at which the process kills itself. If `hold` follows the name, it waits until the file is removed;
-//! if `starve` does, the thread that comes there gets no memory from then on. `outbox_relay.mutation`, which is read once, holds the name of a mutation. A thread that has called
-//! [`mutate`] does not read the file.
+//! if `starve` does, the thread that comes there gets no memory from then on. `outbox_relay.mutation`, which is read
+//! once, holds the name of a mutation. A thread that has called [`mutate`] does not read the file.
 
 use std::str::FromStr;
 

@@ -7,8 +7,8 @@
 //!
 //! So the reserve is given up when an ERROR says that memory has run out, and when Rust gets none. Whoever enters our
 //! code next takes it again, or is refused with an ERROR. What is larger than the reserve, or can be done without, is
-//! asked for (`relay::failure::memory`). If all that does not help, the process ends by itself, with a FATAL error. Only
-//! the main thread can do so: another thread waits for memory, and after a while asks the main thread to end.
+//! asked for (`relay::failure::memory`). If all that does not help, the process ends by itself, with a FATAL error.
+//! Only the main thread can do so: another thread waits for memory, and after a while asks the main thread to end.
 
 use crate::server::{out_of_memory, scoped, unguarded};
 use pgrx::PgSqlErrorCode;
