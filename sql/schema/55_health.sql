@@ -109,8 +109,13 @@ begin
     return query
 with
 s as materialized (select v.*, b.number, b.host, b.port, b.unix_socket, b.username, b.max_len, b.trim, b.mode,
-        -- As a pattern: of a template, what it gives.
-        regexp_replace(coalesce(b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), '[{][^{}]*[}]', '*', 'g') as streams from outbox.backend_status v join outbox.backends b on b.name = v.backend),
+        -- As words of redis-cli: no name must become several. A pattern: of a template, what it gives.
+        regexp_replace(b.username, p.special, '?', 'g') as redis_user,
+        regexp_replace(regexp_replace(coalesce(b.stream_name, current_setting('outbox_relay.redis_stream_name', true)), p.special, '?', 'g'),
+            '[{][^{}]*[}]', '*', 'g') as streams
+    from outbox.backend_status v join outbox.backends b on b.name = v.backend
+        -- Characters that end or quote a word, or are special in a pattern, where ? stands for any.
+        cross join (values ('[][[:space:][:cntrl:]"''\\*?^]')) p (special)),
 g as materialized (select s.number, t.growth, t.seconds from s cross join lateral outbox.lag_trend(s.number, s.pending) t)
 select 'backend ' || s.backend, j.status,
     concat_ws(' ', j.detail, 'The last error: ' || case when j.status <> 'ok' then rtrim(s.last_error, '.') end || '.',
@@ -159,7 +164,7 @@ from s
                     coalesce(format(' (and the user %L of the column username)', s.username), ''))
                     || case when s.username is not null then format(' If that user is wrong, correct it: UPDATE outbox.backends SET username = ... WHERE name = %L;', s.backend) else '' end
                 when 'rights' then format('In Redis: ACL SETUSER %s ~%s ~outbox_relay:guard:* +@connection +xadd +xrevrange +xinfo|stream +watch +unwatch +multi +exec +discard +hset +hgetall +hmget +wait%s (with ~ for each further stream, too). SELECT outbox.wake(); tries at once.',
-                    coalesce(s.username, 'default'), s.streams,
+                    coalesce(s.redis_user, 'default'), s.streams,
                     concat(case when s.trim = 'read' then ' +xlen +xinfo|groups +xinfo|consumers +xpending +xtrim +eval' end,
                         case when s.mode = 'cluster' then ' +cluster|slots' end))
                 else concat_ws(' ', e.hint, case when e.hint is null or e.hint like '%backend%' then

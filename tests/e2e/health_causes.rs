@@ -1,5 +1,8 @@
 //! `outbox.health()` again: causes beside those of `health.rs`. Each is named within ten seconds, with a remedy.
 
+use std::io::Write;
+use std::process::{Command, Stdio};
+
 use kit::{
     Authority, BlackHole, Postgres, QUICK, Redis, Stack, eventually, process, standing, types, wait_drained, wait_eq,
 };
@@ -277,6 +280,49 @@ fn the_rights_in_the_hint_are_enough() {
     stack.pg.exec("select outbox.wake()");
     stack.redis.wait_entries("orders.paid", 1);
     wait_well(&stack.pg, "backend default");
+}
+
+/// Types a command into redis-cli, which splits it into words.
+fn in_redis_cli(stack: &Stack, command: &str) {
+    let mut cli = Command::new("redis-cli")
+        .args(["-p", &stack.redis.port().to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("redis-cli");
+    writeln!(cli.stdin.take().expect("a pipe"), "{command}").expect("typed");
+    let said = cli.wait_with_output().expect("ended").stdout;
+    assert_eq!(String::from_utf8_lossy(&said).trim(), "OK", "{command}");
+}
+
+/// A role that may update backends chooses the names in that command, and not what else it grants.
+#[test]
+fn no_name_adds_rights_to_the_hint() {
+    let stack = quick();
+    stack
+        .redis
+        .call(&["ACL", "SETUSER", "relay", "on", ">secret", "resetkeys", "-@all"]);
+    stack
+        .pg
+        .exec("update outbox.backends set username = 'relay'; select outbox.set_backend_password('default', 'secret')");
+    for stream in ["x +@all allkeys", "\" +@all \"", "x\n+@all", "a\\", "it's"] {
+        let set = "update outbox.backends set stream_name = $1";
+        stack.pg.client().execute(set, &[&stream]).expect("set");
+        stack.publish("t");
+        let ill = wait_ill(&stack.pg, "backend default", "NOPERM");
+        let command = hint(&ill).strip_prefix("In Redis: ").expect("a command").to_owned();
+        let (command, _) = command.split_once(" (with ").expect("what to do besides");
+        let granted: Vec<&str> = command.split(char::is_whitespace).collect();
+        assert!(
+            !granted.iter().any(|word| ["+@all", "allkeys", "~*"].contains(word)),
+            "{command}"
+        );
+        in_redis_cli(&stack, command);
+        stack.pg.exec("select outbox.wake()");
+        stack.redis.wait_entries(stream, 1);
+        wait_well(&stack.pg, "backend default");
+        stack.redis.call(&["ACL", "SETUSER", "relay", "resetkeys", "-@all"]);
+    }
 }
 
 /// After a subscription has ended, nobody sends what it has brought.
