@@ -28,7 +28,7 @@ thread_local! {
     static REGISTERED: OnceCell<()> = const { OnceCell::new() };
     /// [`catalog::generation`] when the table was last read and was empty.
     static NONE_AT: Cell<Option<u64>> = const { Cell::new(None) };
-    /// Counts changes of roles, memberships and functions.
+    /// Counts changes of roles, memberships, functions and databases.
     static ROLES: Cell<u64> = const { Cell::new(0) };
     static KNOWN: RefCell<Known> = const { RefCell::new(Known::nothing()) };
     /// The limits of the last limited user that began an INSERT, and the start of its transaction.
@@ -368,12 +368,13 @@ unsafe extern "C-unwind" fn on_change(_arg: pg_sys::Datum, _cache: std::ffi::c_i
     ROLES.set(ROLES.get() + 1);
 }
 
-/// From now on counts changes of roles, memberships and functions. Only a session that has seen a limit needs this.
+/// From now on counts changes of roles, memberships and functions, and of databases, whose owners are members of
+/// pg_database_owner. Only a session that has seen a limit needs this.
 fn hear_of_roles() {
-    use pg_sys::SysCacheIdentifier::{AUTHMEMROLEMEM, AUTHOID, PROCOID};
+    use pg_sys::SysCacheIdentifier::{AUTHMEMROLEMEM, AUTHOID, DATABASEOID, PROCOID};
     REGISTERED.with(|registered| {
         registered.get_or_init(|| {
-            for cache in [AUTHMEMROLEMEM, AUTHOID, PROCOID] {
+            for cache in [AUTHMEMROLEMEM, AUTHOID, DATABASEOID, PROCOID] {
                 // SAFETY: registers a callback of this library for the life of the process.
                 unsafe { pg_sys::CacheRegisterSyscacheCallback(cache as i32, Some(on_change), pg_sys::Datum::from(0)) };
             }

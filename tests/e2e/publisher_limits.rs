@@ -208,6 +208,18 @@ fn rights_add_up() {
     assert!(may(&mut as_user("free"), ""));
 }
 
+/// The owner of the database is a member of pg_database_owner, which no catalog of roles says.
+#[test]
+fn a_former_owner_of_the_database_loses_what_owners_may() {
+    let (stack, mut app) = start();
+    stack
+        .pg
+        .exec("select outbox.grant_publisher('pg_database_owner'); alter database postgres owner to app");
+    assert!(may(&mut app, ""), "as the owner");
+    stack.pg.exec("alter database postgres owner to postgres");
+    assert!(!may(&mut app, ""), "no more");
+}
+
 /// A session that has published follows each change in its next statement, also within a transaction that uses an older
 /// snapshot.
 #[test]
