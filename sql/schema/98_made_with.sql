@@ -17,7 +17,7 @@ from pg_proc p where p.pronamespace = 'outbox'::regnamespace and p.proname not i
 end
 $$;
 comment on function outbox.functions_here() is 'Part of outbox.health(): the functions of schema outbox, and a digest of what each one does, without those that hold what the extension was made with.';
-revoke all on function outbox.functions_here() from public;
+select outbox.keep_to_owner('function', 'outbox.functions_here()');
 
 create function outbox.restore_objects() returns bigint
     language plpgsql volatile set search_path = pg_catalog, pg_temp set standard_conforming_strings = on
@@ -35,15 +35,15 @@ begin
         where case d.kind when 'function' then f.digest is distinct from m.value
             else not exists (select from pg_class c
                 where c.relnamespace = 'outbox'::regnamespace and c.relname = d.name and c.relkind = 'v') end
-        order by d.number
+        -- That function is called here.
+        order by d.name <> 'keep_to_owner(text, text)', d.number
     loop
         execute made.definition;
         kind := made.object_kind || ' outbox.' || made.name;
         if not exists (select from pg_depend d where d.deptype = 'e' and d.refclassid = 'pg_extension'::regclass
                 and d.objid = case made.kind when 'function' then to_regprocedure('outbox.' || made.name)::oid
                     else to_regclass('outbox.' || made.name)::oid end) then
-            execute format('revoke all on %s from public',
-                case made.kind when 'view' then 'outbox.' || made.name else kind end);
+            perform outbox.keep_to_owner(made.object_kind, 'outbox.' || made.name);
             execute 'alter extension outbox_relay add ' || kind;
         end if;
         execute format('alter %s owner to %I', kind, extension_owner);
@@ -55,7 +55,7 @@ begin
 end
 $$;
 comment on function outbox.restore_objects() is 'Makes functions and views of this extension anew that were dropped or changed, as outbox.health() says in its check "functions", and returns how many. For superusers. Roles that may publish get their rights again by outbox.grant_publisher().';
-revoke all on function outbox.restore_objects() from public;
+select outbox.keep_to_owner('function', 'outbox.restore_objects()');
 
 do $$
 declare
@@ -100,7 +100,7 @@ begin
 end
 $$;
 comment on function outbox.definitions() is 'Statements that make the functions and views of this extension, for outbox.restore_objects().';
-revoke all on function outbox.definitions() from public;
+select outbox.keep_to_owner('function', 'outbox.definitions()');
 
 do $$
 declare
@@ -143,4 +143,4 @@ begin
 end
 $$;
 comment on function outbox.made_with() is 'The columns, constraints and unique indexes that the tables of this extension were made with, its functions and its views.';
-revoke all on function outbox.made_with() from public;
+select outbox.keep_to_owner('function', 'outbox.made_with()');

@@ -50,6 +50,55 @@ fn a_schema_in_which_others_may_create_is_refused() {
     );
 }
 
+/// What the one who creates the extension grants on each new object is not granted on the extension's. Together with
+/// the use of the schema, which publishers have, it would open all events, passwords and limits.
+#[test]
+fn default_privileges_open_nothing() {
+    let pg = Postgres::start();
+    pg.exec(
+        "create role app login; create role reader login;
+         alter default privileges grant execute on functions to app;
+         alter default privileges grant all on tables to app with grant option;
+         alter default privileges grant all on sequences to app;
+         alter default privileges grant usage on types to app;
+         alter default privileges grant usage on schemas to app, reader;
+         alter default privileges grant select on tables to public, reader",
+    );
+    pg.extension();
+    let granted = "select coalesce(string_agg(o.name || ' to ' || a.grantee::regrole, ', '), '') from (
+            select c.oid::regclass::text as name, relacl as acl from pg_class c where relnamespace = 'outbox'::regnamespace
+            union all select p.oid::regprocedure::text, proacl from pg_proc p where pronamespace = 'outbox'::regnamespace
+            union all select t.oid::regtype::text, typacl from pg_type t where typnamespace = 'outbox'::regnamespace
+        ) o, aclexplode(o.acl) a where a.grantee in (0, 'app'::regrole, 'reader'::regrole)";
+    assert_eq!(pg.one::<String>(granted), "");
+    // Nor on what is made anew.
+    pg.exec(
+        "alter extension outbox_relay drop function outbox.discard_failed; drop function outbox.discard_failed;
+         alter extension outbox_relay drop view outbox.top; drop view outbox.top",
+    );
+    assert_eq!(pg.one::<i64>("select outbox.restore_objects()"), 2);
+    assert_eq!(pg.one::<String>(granted), "");
+    pg.exec("select outbox.grant_publisher('app', '{default}', '{mine}')");
+    let mut app = pg.client_as("app", "postgres");
+    app.batch_execute("select outbox.publish_event('t', 's', stream => 'mine')")
+        .expect("a publisher");
+    for sql in [
+        "select data from outbox.events",
+        "delete from outbox.publisher_limits",
+        "select outbox.set_backend_password('default', 'x')",
+        "select outbox.discard_failed()",
+        "select nextval('outbox.events_seq_seq')",
+        "select * from outbox.top",
+    ] {
+        assert_eq!(Refused::of(app.simple_query(sql)).code, "42501", "{sql}");
+    }
+    // The rights that the extension itself grants are there.
+    pg.exec("create role monitor login in role pg_monitor");
+    pg.client_as("monitor", "postgres")
+        .batch_execute("select * from outbox.status; select * from outbox.health()")
+        .expect("pg_monitor may read the views");
+}
+
 /// Procedures that commit have no search_path of their own. A role that may create objects in a schema that a superuser
 /// has put before pg_catalog gives a domain the name of a type; its check would run as the superuser.
 #[test]
