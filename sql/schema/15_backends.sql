@@ -10,7 +10,7 @@ create table outbox.backends (
     db              integer check (db between 0 and 65535),
     username        text check (username <> ''),
     stream_name     text check (stream_name <> '' and not starts_with(stream_name, 'outbox_relay:')),
-    own_stream      text,
+    own_stream      text check (not starts_with(own_stream, 'outbox_relay:')),
     max_len         bigint check (max_len >= 0),
     trim            text not null default 'length' check (trim in ('length', 'read')),
     trim_ignore_idle interval check (trim_ignore_idle > interval '0'),
@@ -44,7 +44,7 @@ create table outbox.backends (
     constraint backends_static_fields_of_lsn check (not include_lsn or not coalesce(static_fields ? case format
         when 'broadcaster' then 'lsn' when 'cloudevents' then 'ce_lsn' end, false)),
     -- The worker and each publisher's session hold the rows in memory.
-    constraint backends_size check (octet_length(concat(host, username, stream_name, unix_socket, nodes, sentinel_master, password_file,
+    constraint backends_size check (octet_length(concat(host, username, stream_name, own_stream, unix_socket, nodes, sentinel_master, password_file,
         allowed_streams, static_fields, tls_ca_file, tls_cert_file, tls_key_file)) <= 65536),
     constraint backends_nodes_of_mode check ((mode = 'standalone') = (nodes is null)),
     constraint backends_sentinel_master_of_mode check ((mode = 'sentinel') = (sentinel_master is not null)),

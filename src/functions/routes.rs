@@ -39,8 +39,8 @@ fn refuse(fault: &Fault) -> ! {
             format!("stream of the route {fault}"),
             "",
         )
-        .set_detail(Fault::DETAIL)
-        .set_hint(Fault::HINT),
+        .set_detail(fault.detail())
+        .set_hint(fault.hint()),
     )
 }
 

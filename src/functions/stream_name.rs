@@ -83,8 +83,8 @@ fn refuse(backend: &str, fault: &Fault) -> ! {
             format!("stream_name of backend \"{backend}\" {fault}"),
             "",
         )
-        .set_detail(Fault::DETAIL)
-        .set_hint(Fault::HINT),
+        .set_detail(fault.detail())
+        .set_hint(fault.hint()),
     )
 }
 

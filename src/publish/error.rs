@@ -2,13 +2,12 @@
 
 use crate::server::encoding::NoUtf8Form;
 use crate::server::error::raise;
-use crate::tables::known_backends;
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::ErrorReport;
 use relay::delivery::refusal::MOST_ATTEMPTS;
 use relay::event::ConfigError;
 use relay::event::routes::Route;
-use relay::event::stream_name::{Fault, Field, NAME_LIMIT, StreamName};
+use relay::event::stream_name::{Fault, Field, NAME_LIMIT, RESERVED, StreamName};
 use thiserror::Error;
 
 /// Why an event is refused, in the publisher's transaction.
@@ -132,11 +131,8 @@ impl PublishError {
             Self::ManyRetries(n) => format!("It is {n}; at most {MOST_ATTEMPTS} are allowed."),
             Self::EndlessSchedule => "An event that is scheduled for infinity would never be sent.".into(),
             Self::UnknownBackend(_) => "Backends are the rows of outbox.backends.".into(),
-            Self::StreamNotAllowed { stream, .. } if stream.starts_with(known_backends::RESERVED) => {
-                format!(
-                    "Names that begin with {} are reserved for guards.",
-                    known_backends::RESERVED
-                )
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(RESERVED) => {
+                format!("Names that begin with {} are reserved for guards.", RESERVED)
             }
             Self::StreamNotAllowed { .. } => "No pattern in the backend's allowed_streams matches.".into(),
             Self::LacksPartOfStream { field, .. } => {
@@ -147,7 +143,7 @@ impl PublishError {
                     "The backend's stream_name is a template. The name has {length} characters; at most {NAME_LIMIT} are allowed."
                 )
             }
-            Self::UnusableStreamName { .. } => Fault::DETAIL.into(),
+            Self::UnusableStreamName { fault, .. } => fault.detail().into(),
             Self::BackendBeyondLimit { allowed, .. } => {
                 format!("The current role may publish to these backends: {allowed}.")
             }
@@ -196,9 +192,7 @@ impl PublishError {
             }
             Self::EndlessSchedule => "Pass a time, or NULL to send at once.",
             Self::UnknownBackend(_) => "Check the name, or outbox_relay.default_backend if none was given.",
-            Self::StreamNotAllowed { stream, .. } if stream.starts_with(known_backends::RESERVED) => {
-                "Choose another name."
-            }
+            Self::StreamNotAllowed { stream, .. } if stream.starts_with(RESERVED) => "Choose another name.",
             Self::StreamNotAllowed { .. } => "Ask the administrator to extend allowed_streams.",
             Self::LacksPartOfStream { .. } => "Pass it, or name a stream.",
             Self::LongStream { .. } => {

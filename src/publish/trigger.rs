@@ -262,7 +262,7 @@ fn expect_published(row: &Row, table: EventTable, origin: Origin, changes: &mut 
         true => with_backend(request),
         false => traced(request, changes),
     };
-    let destinations = check_restorable(&request, row);
+    let destinations = check_restorable(&request, row, origin == Origin::Dump);
     let checked = &destinations.first;
     if !again {
         doubts::say(&request);

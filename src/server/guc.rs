@@ -5,7 +5,7 @@ use pgrx::pg_sys::AsPgCStr;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, PostgresGucEnum, pg_guard, pg_sys};
 use relay::delivery::backoff::Backoff;
-use relay::event::stream_name::{Fault, StreamName};
+use relay::event::stream_name::{RESERVED, StreamName};
 use relay::event::trace::{fault_of_traceparent, fault_of_tracestate};
 use relay::redis::allowed_hosts::AllowedHosts;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -36,8 +36,8 @@ pub(crate) static TRACEPARENT: GucSetting<Option<CString>> = GucSetting::<Option
 pub(crate) static TRACESTATE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 /// Whether `outbox_relay.traceparent` is set.
 static IS_TRACED: AtomicBool = AtomicBool::new(false);
-/// Whether `outbox_relay.redis_stream_name` may be a template.
-static HAS_BRACES: AtomicBool = AtomicBool::new(false);
+/// Whether `outbox_relay.redis_stream_name` may be a template, or a name that no stream may have.
+static IS_SPECIAL: AtomicBool = AtomicBool::new(false);
 pub(crate) static LOG_LEVEL: GucSetting<LogLevel> = GucSetting::<LogLevel>::new(LogLevel::Info);
 pub(crate) static REDIS_HOST: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c"localhost"));
 pub(crate) static REDIS_PORT: GucSetting<i32> = GucSetting::<i32>::new(6_379);
@@ -461,15 +461,15 @@ unsafe extern "C-unwind" fn check_stream_name(
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         let message = format!("outbox_relay.redis_stream_name {fault}: backends without a stream_name send nothing");
         ErrorReport::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, "")
-            .set_detail(Fault::DETAIL)
-            .set_hint(Fault::HINT)
+            .set_detail(fault.detail())
+            .set_hint(fault.hint())
             .report(PgLogLevel::WARNING);
         return true;
     }
     // SAFETY: copies that live as long as the memory context of the caller, as Postgres's own texts here do.
     unsafe {
-        pg_sys::GUC_check_errdetail_string = format!("It {fault}. {}", Fault::DETAIL).as_str().as_pg_cstr();
-        pg_sys::GUC_check_errhint_string = Fault::HINT.as_pg_cstr();
+        pg_sys::GUC_check_errdetail_string = format!("It {fault}. {}", fault.detail()).as_str().as_pg_cstr();
+        pg_sys::GUC_check_errhint_string = fault.hint().as_pg_cstr();
     }
     false
 }
@@ -480,13 +480,14 @@ unsafe extern "C-unwind" fn check_stream_name(
 unsafe extern "C-unwind" fn assign_stream_name(value: *const c_char, _extra: *mut c_void) {
     // SAFETY: a zero-terminated text, or null.
     let text = unsafe { (!value.is_null()).then(|| CStr::from_ptr(value).to_bytes()) };
-    let has_braces = text.is_some_and(|text| text.iter().any(|byte| b"{}".contains(byte)));
-    HAS_BRACES.store(has_braces, Ordering::Relaxed);
+    let is_special =
+        |text: &[u8]| text.iter().any(|byte| b"{}".contains(byte)) || text.starts_with(RESERVED.as_bytes());
+    IS_SPECIAL.store(text.is_some_and(is_special), Ordering::Relaxed);
 }
 
 /// Whether `outbox_relay.redis_stream_name` has to be parsed.
-pub(crate) fn has_braces_in_stream_name() -> bool {
-    HAS_BRACES.load(Ordering::Relaxed)
+pub(crate) fn has_special_stream_name() -> bool {
+    IS_SPECIAL.load(Ordering::Relaxed)
 }
 
 /// Whether the session has a trace context.

@@ -9,15 +9,12 @@ use crate::tables::stream_names::{self, Unnamed};
 use crate::tables::whole_table::each_row;
 use pgrx::pg_sys;
 use relay::event::format::Format;
-use relay::event::stream_name::StreamName;
+use relay::event::stream_name::{RESERVED, StreamName};
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use wildmatch::WildMatch;
-
-/// Keys of guards begin with this. No stream may have such a name.
-pub(crate) const RESERVED: &str = "outbox_relay:";
 
 /// A backend as a publisher needs it.
 pub(crate) struct KnownBackend {

@@ -43,7 +43,7 @@ impl Unnamed {
         thread_local! {
             static PARSED: RefCell<(String, Unnamed)> = const { RefCell::new((String::new(), Unnamed::Own)) };
         }
-        if !guc::has_braces_in_stream_name() {
+        if !guc::has_special_stream_name() {
             return Self::Own;
         }
         let text = guc::text(&guc::REDIS_STREAM_NAME);
@@ -59,7 +59,7 @@ impl Unnamed {
 /// The setting's stream, if it is not a template.
 pub(crate) fn plain_setting() -> Option<String> {
     let text = guc::text(&guc::REDIS_STREAM_NAME);
-    if !guc::has_braces_in_stream_name() {
+    if !guc::has_special_stream_name() {
         return Some(text);
     }
     StreamName::parse(&text).ok()?.plain().map(str::to_owned)

@@ -229,6 +229,56 @@ fn a_dump_during_an_outage_loses_nothing() {
     assert_eq!(types(&stack.wait_events(2_000)), expected);
 }
 
+/// Events that were accepted when they were published, and that would be refused now: `allowed_streams`, the format or
+/// the limit of the size have changed since. Where they are they are sent, and so they are where they are restored.
+#[test]
+fn events_that_would_be_refused_now_do_not_stop_a_restore() {
+    for form in [Form::Plain, Form::Inserts, Form::Parallel] {
+        let stack = Stack::start();
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, enabled, host, port, stream_name) values ('down', false, '127.0.0.1', {}, 'late');
+             create role app login; select outbox.grant_publisher('app'); alter role app set outbox_relay.max_event_size = '4MB'",
+            stack.redis.port()
+        ));
+        stack
+            .pg
+            .client_as("app", "postgres")
+            .batch_execute(
+                "select outbox.publish_event('first', 's', backend => 'down');
+                 select outbox.publish_event('other', 's', backend => 'down', stream => 'other');
+                 select outbox.publish_event('large', 's', to_jsonb(repeat('x', 3000000)), backend => 'down');
+                 select outbox.publish_event('field', 's', backend => 'down', publisher_config => '{\"lsn\": 1}');
+                 select outbox.publish_event('soon', 's', backend => 'down', stream => 'other', scheduled_at => '2100-01-01');
+                 select outbox.publish_event('last', 's', backend => 'down')",
+            )
+            .expect("allowed then");
+        stack
+            .pg
+            .exec("update outbox.backends set allowed_streams = '{late}', include_lsn = true where name = 'down'");
+        stack.pg.exec("create database copy");
+        carry(&stack.pg, &stack.pg, "copy", form);
+        let events = "select string_agg(event_type, ',' order by seq) from outbox.events";
+        assert_eq!(
+            stack.pg.one_db::<String>("copy", events),
+            "first,other,large,field,last",
+            "{form:?}"
+        );
+        stack.pg.exec_db(
+            "copy",
+            "update outbox.scheduled_events set scheduled_at = now(); update outbox.backends set enabled = true",
+        );
+        assert_eq!(types(&stack.redis.wait_entries("late", 3)), ["first", "large", "last"]);
+        assert_eq!(types(&stack.redis.wait_entries("other", 2)), ["other", "soon"]);
+        // It fails alone, as it does where it was published.
+        wait_eq("the event that names a field of the format", "field".to_owned(), || {
+            stack.pg.one_db(
+                "copy",
+                "select coalesce(string_agg(event_type, ','), '') from outbox.failed_events",
+            )
+        });
+    }
+}
+
 /// The source goes on after the dump: the events that it has sent by the time of the restore are already in the
 /// streams.
 fn after_the_source_went_on(form: Form, delivery: &str) -> (Stack, Postgres, Vec<Entry>) {

@@ -113,6 +113,7 @@ mod routes_rows;
 mod scheduled;
 mod security;
 mod security_destinations;
+mod security_guard_keys;
 mod security_lending;
 mod security_publisher;
 mod security_roles;

@@ -7,6 +7,8 @@
 use std::fmt;
 use std::num::NonZeroU32;
 
+/// Keys of guards begin with this. No stream may have such a name.
+pub const RESERVED: &str = "outbox_relay:";
 /// How many characters a stream's name or a template may have.
 pub const NAME_LIMIT: usize = 1_024;
 /// How many streams a value may be spread over.
@@ -78,12 +80,27 @@ pub enum Fault {
     Parts(String),
     #[error("is too long: it has {0} characters, but at most 1024 are allowed")]
     TooLong(usize),
+    #[error("begins with \"{RESERVED}\"")]
+    Reserved,
 }
 
 impl Fault {
-    pub const DETAIL: &str = "Placeholders are {event_type}, {source}, {subject} and {database}; with a number, as in {subject|16}, a \
-        hash of the value from 0 to 15.";
-    pub const HINT: &str = "Correct the placeholder, or write {{ and }} for literal braces.";
+    pub fn detail(&self) -> &'static str {
+        match self {
+            Self::Reserved => "Such names are those of guards.",
+            _ => {
+                "Placeholders are {event_type}, {source}, {subject} and {database}; with a number, as in {subject|16}, a \
+                hash of the value from 0 to 15."
+            }
+        }
+    }
+
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Reserved => "Choose another name.",
+            _ => "Correct the placeholder, or write {{ and }} for literal braces.",
+        }
+    }
 }
 
 /// The event lacks this value, which its stream's name needs.
@@ -98,6 +115,9 @@ impl StreamName {
             if length > NAME_LIMIT {
                 return Err(Fault::TooLong(length));
             }
+        }
+        if text.starts_with(RESERVED) {
+            return Err(Fault::Reserved);
         }
         let (mut pieces, mut literal, mut rest) = (Vec::new(), String::new(), text);
         while let Some(at) = rest.find(['{', '}']) {
@@ -319,6 +339,8 @@ mod tests {
             ("{subject|16|2}", Fault::Parts("subject|16|2".into())),
             ("{subject|65537}", Fault::Parts("subject|65537".into())),
             ("{subject|99999999999}", Fault::Parts("subject|99999999999".into())),
+            ("outbox_relay:guard:x", Fault::Reserved),
+            ("outbox_relay:{subject}", Fault::Reserved),
         ] {
             assert_eq!(fault(text), expected, "{text}");
         }
