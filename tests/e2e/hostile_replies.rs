@@ -110,14 +110,16 @@ fn no_flood_takes_memory_or_the_time_of_others() {
             let db = if *command == "SELECT" { 1 } else { 0 };
             stack.pg.exec(&format!(
                 "insert into outbox.backends (name, host, port, nodes, mode, sentinel_master, db)
-                values ('liar{round}_{n}', {host}, {port}, {nodes}, {mode}, {db});
-                select outbox.publish_event('t', 'kit', backend => 'liar{round}_{n}') from generate_series(1, 50);"
+                values ('liar{round}_{n}', {host}, {port}, {nodes}, {mode}, {db})"
             ));
             if *command == "AUTH" {
                 stack.pg.exec(&format!(
                     "select outbox.set_backend_password('liar{round}_{n}', 'secret')"
                 ));
             }
+            stack.pg.exec(&format!(
+                "select outbox.publish_event('t', 'kit', backend => 'liar{round}_{n}') from generate_series(1, 50)"
+            ));
         }
         // Each connects, is flooded and waits in turn, as long as this lasts.
         std::thread::sleep(Duration::from_secs(4));

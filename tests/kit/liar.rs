@@ -142,6 +142,8 @@ impl Liar {
                     return;
                 }
                 let shared = serving.clone();
+                // As Redis does: many short replies must not wait for each other's acknowledgement.
+                let _ = stream.set_nodelay(true);
                 std::thread::spawn(move || {
                     let reader = stream.try_clone().expect("a second handle");
                     serve(&shared, reader, stream, address.port());

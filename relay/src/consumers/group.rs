@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// How many groups of a stream are examined.
 pub const MOST_GROUPS: usize = 100;
+/// How many groups of all streams are examined in one survey: each has a row that is written. The streams beyond that
+/// are asked about next.
+pub const MOST_GROUPS_AT_ONCE: usize = 2_000;
 
 /// The id of an entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

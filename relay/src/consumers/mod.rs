@@ -33,8 +33,9 @@
 //! event. The length of a stream is at most what the survey found plus what was sent since. For a stream that was not
 //! surveyed yet only a part of `max_len` is assumed to be free, and the backend's own stream is surveyed first.
 //!
-//! Bounds: [`readership::ASKED_AT_ONCE`] streams a second, and [`group::MOST_GROUPS`] groups of each stream. A stream
-//! with more groups is not trimmed.
+//! Bounds: [`readership::ASKED_AT_ONCE`] streams a second, [`group::MOST_GROUPS`] groups of each stream, and
+//! [`group::MOST_GROUPS_AT_ONCE`] of all of them. A stream with more groups is not trimmed; streams for whose groups
+//! there was no room are asked about in the next second.
 
 pub mod group;
 pub mod readership;

@@ -6,7 +6,7 @@ use crate::consumers::trim::{Holder, Trim, judge};
 use crate::failure::{Class, Failure, Trouble};
 use crate::fault::{self, Mutation};
 use crate::time::Now;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,6 +97,8 @@ struct Watched {
     /// Whether Redis cannot be asked about it, for a reason of the stream itself.
     is_unaskable: bool,
     asked_at: Option<Now>,
+    /// The same before the present survey, in case that leaves it out.
+    asked_before: Option<Now>,
     sent_at: u64,
     /// What to trim, and the last batch when that was determined.
     goal: Option<(Trim, u64)>,
@@ -223,7 +225,7 @@ impl Readership {
         match self.streams.get(stream) {
             Some(watched) if watched.is_unaskable => i64::MAX,
             Some(watched) => match watched.length {
-                Some(length) => max_len - length - watched.sent,
+                Some(length) => max_len.saturating_sub(length).saturating_sub(watched.sent),
                 None => assumed - watched.sent,
             },
             None => assumed,
@@ -282,12 +284,15 @@ impl Readership {
             chosen.select_nth_unstable(ASKED_AT_ONCE);
             chosen.truncate(ASKED_AT_ONCE);
         }
+        // There may be no room for the groups of the last ones.
+        chosen.sort_unstable();
         let mut questions = Vec::with_capacity(chosen.len());
         for (_, stream) in chosen {
             let Some(watched) = self.streams.get_mut(&stream) else {
                 continue;
             };
-            (watched.is_being_asked, watched.sent_behind, watched.asked_at) = (true, 0, Some(now));
+            (watched.is_being_asked, watched.sent_behind) = (true, 0);
+            watched.asked_before = watched.asked_at.replace(now);
             let is_unneeded = |number: u64| last.is_none_or(|last| number < last);
             let is_due = |number: u64| trims && (is_unneeded(number) || fault::is_mutated(Mutation::TrimLastBatch));
             let trim = watched.goal.as_ref().filter(|(_, number)| is_due(*number));
@@ -319,6 +324,11 @@ impl Readership {
     pub fn surveyed(&mut self, number: u64, found: &[Surveyed], last: u64, now: Now) -> Option<Vec<LeftOut>> {
         if self.on_its_way.is_none_or(|(asked, _)| asked != number) {
             return None;
+        }
+        let answered: HashSet<&str> = found.iter().map(|surveyed| &*surveyed.stream).collect();
+        let is_left_out = |stream: &str, w: &Watched| w.is_being_asked && !answered.contains(stream);
+        for (_, watched) in self.streams.iter_mut().filter(|(stream, w)| is_left_out(stream, w)) {
+            watched.asked_at = watched.asked_before;
         }
         self.interrupt();
         let mut left_out = Vec::new();

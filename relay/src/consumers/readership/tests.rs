@@ -34,6 +34,36 @@ fn nothing_is_sent_before_the_own_stream_was_surveyed() {
     assert_eq!(r.room("own"), 60);
 }
 
+/// A server can send any number.
+#[test]
+fn no_length_overflows() {
+    let mut r = readership(1);
+    let own: Rc<str> = "own".into();
+    survey(&mut r, S, 1, &[found("own", i64::MAX, Vec::new())]);
+    r.sent(&own, 10);
+    assert!(r.room("own") < 0, "{}", r.room("own"));
+}
+
+/// The groups of all streams together are too many for one survey.
+#[test]
+fn a_stream_that_a_survey_left_out_is_asked_about_first() {
+    let mut r = readership(100);
+    let names: Vec<String> = (0..500).map(|n| format!("s{n:03}")).collect();
+    names.iter().for_each(|name| r.knows(&Rc::from(name.as_str())));
+    let mut answered = std::collections::BTreeSet::new();
+    for second in 1..=60 {
+        let (number, questions) = r.ask(second * S, Some(1), true, Interest::View);
+        // Only the first ten are answered.
+        let found: Vec<Surveyed> = questions[..10]
+            .iter()
+            .map(|q| found(&q.stream, 2, Vec::new()))
+            .collect();
+        answered.extend(found.iter().map(|f| f.stream.to_string()));
+        r.surveyed(number, &found, 1, second * S);
+    }
+    assert_eq!(answered.len(), 501, "with its own stream");
+}
+
 #[test]
 fn events_sent_after_a_survey_still_use_room() {
     let mut r = readership(100);

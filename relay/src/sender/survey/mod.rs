@@ -6,7 +6,7 @@
 
 mod tables;
 
-use crate::consumers::group::{Group, GroupName, Surveyed};
+use crate::consumers::group::{Group, GroupName, MOST_GROUPS_AT_ONCE, Surveyed};
 use crate::consumers::readership::Question;
 use crate::consumers::trim::{Silent, Trim};
 use crate::failure::{self, Class, Failure, Trouble};
@@ -14,7 +14,7 @@ use crate::fault::{self, Mutation};
 use crate::resp::bounds::Bounds;
 use crate::resp::read::{Piece, Reply};
 use crate::resp::write::{append_array_header, append_bulk, append_command};
-use crate::sender::survey::tables::{Consumers, Groups, Pending};
+use crate::sender::survey::tables::{Consumers, Groups, Pending, counted};
 use redis::Value;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -89,6 +89,10 @@ pub struct Survey {
     questions: Vec<Question>,
     besides: Besides,
     found: Vec<Surveyed>,
+    /// The groups of all streams so far.
+    groups: usize,
+    /// The streams, by index, for whose groups there was no room any more.
+    left_out: Vec<usize>,
     /// What is to be asked next,
     next: VecDeque<Ask>,
     /// and what was asked.
@@ -129,6 +133,8 @@ impl Survey {
             found: questions.iter().map(|q| Surveyed::of(q.stream.clone())).collect(),
             questions,
             besides,
+            groups: 0,
+            left_out: Vec::new(),
             next,
             asked: VecDeque::new(),
             reading: None,
@@ -207,7 +213,7 @@ impl Survey {
                     self.cannot_trim(index, failure::reply(&error))?;
                 }
             }
-            (Ask::Length(index), Value::Int(length)) => self.found[index].length = length.max(0),
+            (Ask::Length(index), Value::Int(length)) => self.found[index].length = counted(length),
             (Ask::Length(index) | Ask::Groups(index), Value::ServerError(error)) => {
                 if !is_missing(&error) {
                     self.fails(index, failure::reply(&error))?;
@@ -251,6 +257,12 @@ impl Survey {
             (Ask::Groups(index), Reading::Groups(groups)) => {
                 let found = &mut self.found[index];
                 (found.groups, found.has_more_groups) = groups.into_groups();
+                if self.groups + found.groups.len() > MOST_GROUPS_AT_ONCE {
+                    found.groups = Vec::new();
+                    self.left_out.push(index);
+                    return;
+                }
+                self.groups += found.groups.len();
                 for (nth, group) in found.groups.iter().enumerate() {
                     if matches!(group.name, GroupName::TooLong(_)) {
                         continue;
@@ -274,8 +286,14 @@ impl Survey {
         }
     }
 
+    /// The answers, without those about streams that were left out.
     pub fn into_found(self) -> Vec<Surveyed> {
-        self.found
+        let is_whole = |index: &usize| !self.left_out.contains(index);
+        let found = self.found.into_iter().enumerate();
+        found
+            .filter(|(index, _)| is_whole(index))
+            .map(|(_, found)| found)
+            .collect()
     }
 }
 

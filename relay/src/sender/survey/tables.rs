@@ -79,11 +79,18 @@ impl Rows {
     }
 }
 
-fn number(piece: Piece<'_>) -> Option<i64> {
+/// A count. A server can send any number; sums of these fit into a bigint.
+fn count(piece: Piece<'_>) -> Option<i64> {
     match piece {
-        Piece::Line(line) => Reply::new(line).number(),
+        Piece::Line(line) => Reply::new(line).number().map(counted),
         _ => None,
     }
+}
+
+/// The number as a count that a server can have.
+pub(super) fn counted(number: i64) -> i64 {
+    const MOST: i64 = i64::MAX / 4;
+    number.clamp(0, MOST)
 }
 
 fn id(piece: Piece<'_>) -> Option<EntryId> {
@@ -153,9 +160,9 @@ impl Found {
                     };
                 }
             }
-            b"consumers" => group.consumers = number(piece).unwrap_or_default(),
-            b"pending" => group.pending = number(piece).unwrap_or_default(),
-            b"lag" => group.lag = number(piece),
+            b"consumers" => group.consumers = count(piece).unwrap_or_default(),
+            b"pending" => group.pending = count(piece).unwrap_or_default(),
+            b"lag" => group.lag = count(piece),
             b"last-delivered-id" => group.last_delivered = id(piece).unwrap_or_default(),
             _ => {}
         }
@@ -183,7 +190,7 @@ impl Pending {
     pub(super) fn take(&mut self, piece: Piece<'_>) -> bool {
         if self.place.depth() == 1 {
             match self.index {
-                0 => self.count = number(piece).unwrap_or_default(),
+                0 => self.count = count(piece).unwrap_or_default(),
                 1 => self.oldest = id(piece),
                 _ => {}
             }
@@ -213,7 +220,7 @@ impl Consumers {
 
     pub(super) fn take(&mut self, piece: Piece<'_>) -> bool {
         let note = |least: &mut Option<u64>, field: &[u8], piece: Piece<'_>| {
-            if let (b"idle", Some(idle)) = (field, number(piece)) {
+            if let (b"idle", Some(idle)) = (field, count(piece)) {
                 let idle = idle.max(0) as u64;
                 *least = Some(least.map_or(idle, |least| least.min(idle)));
             }

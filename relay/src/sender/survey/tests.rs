@@ -212,3 +212,37 @@ fn crowds_and_long_names_are_bounded() {
     let found = survey.into_found().remove(0);
     assert_eq!(found.groups[0].name, GroupName::TooLong(5_000));
 }
+
+/// The groups of all streams together are bounded too: the other streams are left out.
+#[test]
+fn crowds_on_many_streams_are_bounded() {
+    let streams: Vec<Question> = (0..30).map(|n| question(&format!("s{n}"), None)).collect();
+    let mut survey = Survey::new(1, streams, Besides::default());
+    let row = |n: usize| format!("*2\r\n$4\r\nname\r\n${}\r\n{n}\r\n", n.to_string().len());
+    let groups = format!("*100\r\n{}", (0..100).map(row).collect::<String>());
+    assert_eq!(round(&mut survey).len(), 60);
+    for _ in 0..30 {
+        answer(&mut survey, &[":1\r\n", &groups]);
+    }
+    assert!(round(&mut survey).is_empty());
+    let found = survey.into_found();
+    let streams: Vec<&str> = found.iter().map(|found| &*found.stream).collect();
+    assert_eq!((streams.len(), streams[0], streams[19]), (20, "s0", "s19"));
+}
+
+/// A server can send any numbers. Their sums must not overflow, here or in the views.
+#[test]
+fn impossible_counts_are_bounded() {
+    for (told, most) in [(i64::MAX, i64::MAX / 4), (i64::MIN, 0)] {
+        let mut survey = Survey::new(1, vec![question("s", None)], IDLE);
+        round(&mut survey);
+        let groups = format!(
+            "*1\r\n*8\r\n$4\r\nname\r\n$1\r\na\r\n$9\r\nconsumers\r\n:{told}\r\n$7\r\npending\r\n:{told}\r\n$3\r\nlag\r\n:{told}\r\n"
+        );
+        answer(&mut survey, &[&format!(":{told}\r\n"), &groups]);
+        let found = survey.into_found().remove(0);
+        let group = &found.groups[0];
+        assert_eq!((found.length, group.pending, group.lag), (most, most, Some(most)));
+        assert_eq!(group.unread(found.length), Some(most));
+    }
+}
