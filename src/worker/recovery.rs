@@ -179,10 +179,13 @@ impl Books for BackendBooks<'_> {
             Notice::Heals(guard) => {
                 self.backend.count_healed(self.backend.total() - guard.total);
                 self.backend.note_loss(LOST_ENTRIES, KEEP_DATA, self.now);
-                say_healed(self.backend, guard);
+                if self.backend.takes_line(self.now) {
+                    say_healed(self.backend, guard);
+                }
             }
             Notice::Replays => {
-                if self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now) {
+                let is_news = self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now);
+                if is_news && self.backend.takes_line(self.now) {
                     say_replayed(self.backend);
                 }
             }
@@ -192,7 +195,8 @@ impl Books for BackendBooks<'_> {
                 found,
                 missing,
             } => {
-                if why != Why::Missing || self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now) {
+                let is_news = why != Why::Missing || self.backend.note_loss(LOST_GUARD, KEEP_DATA, self.now);
+                if is_news && self.backend.takes_line(self.now) {
                     say_compared(self.backend, why, guard, found, missing);
                 }
             }

@@ -56,6 +56,7 @@ mod health_servers;
 mod health_workers;
 mod histories;
 mod hostile;
+mod hostile_churn;
 mod hostile_groups;
 mod hostile_guards;
 mod hostile_hangs;

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 /// How many different failures in one state are logged within that time.
 const LOGGED_TROUBLES: usize = 8;
+/// How many lines about one backend are logged within that time, whatever they say: a server can make it change its
+/// state with each connection, and must not hide what there is to log about others.
+pub(super) const LOGGED_LINES: usize = 20;
 /// How often a backend without news is checked for something to log.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 
@@ -16,6 +19,8 @@ pub(super) struct Logged {
     state: Option<State>,
     /// Failures in this state that were logged within the last minute.
     troubles: Vec<(String, Now)>,
+    /// When the last lines about it were logged.
+    lines: Vec<Now>,
     look_at: Now,
     /// What Redis had lost, when that was last logged.
     loss: Option<(String, Now)>,
@@ -45,8 +50,23 @@ impl Logged {
         self.state = None;
     }
 
-    /// Whether there is nothing new to log. Failures that alternate count as repeated.
+    /// Whether another line about it may be logged.
+    pub(super) fn has_room(&mut self, now: Now) -> bool {
+        self.lines.retain(|at| now < *at + repeat_log_after());
+        self.lines.len() < LOGGED_LINES
+    }
+
+    /// Counts a line. Returns whether it was the last one for now.
+    pub(super) fn count(&mut self, now: Now) -> bool {
+        self.lines.push(now);
+        self.lines.len() >= LOGGED_LINES
+    }
+
+    /// Whether there is nothing to log: nothing new, or too much. Failures that alternate count as repeated.
     pub(super) fn is_known(&mut self, state: State, trouble: &str, now: Now) -> bool {
+        if !self.has_room(now) {
+            return true;
+        }
         if self.state != Some(state) {
             return false;
         }

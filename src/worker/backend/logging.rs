@@ -6,6 +6,7 @@ use crate::server::process::log;
 use crate::server::process::repeat_log_after;
 use crate::worker::backend::Backend;
 use crate::worker::backend::connection::Connection;
+use crate::worker::backend::logged::LOGGED_LINES;
 use relay::delivery::State;
 use relay::failure::{Class, Failure, Trouble};
 use relay::time::Now;
@@ -42,6 +43,27 @@ impl Backend {
         };
         if is_said {
             self.logged.note(state, trouble, now);
+            self.count_line(now);
+        }
+    }
+
+    /// Whether another line about it may be logged. If so, it counts as logged.
+    pub(crate) fn takes_line(&mut self, now: Now) -> bool {
+        let has_room = self.logged.has_room(now);
+        if has_room {
+            self.count_line(now);
+        }
+        has_room
+    }
+
+    fn count_line(&mut self, now: Now) {
+        if self.logged.count(now) {
+            log(
+                LogLevel::Warning,
+                &format!("backend \"{}\" changes too often to log each change", self.name()),
+                Some("Its changes are logged again in a minute."),
+                Some("See outbox.backend_status and outbox.health()."),
+            );
         }
     }
 
@@ -105,21 +127,20 @@ impl Backend {
         place.unwrap_or_default()
     }
 
-    /// Whether another lane has logged the same within `span`.
+    /// Whether another lane has logged the same within `span`, or all lanes have logged much.
     fn was_said(&self, text: &str, span: Duration, now: Now) -> bool {
-        const REMEMBERED: usize = 100;
+        const REMEMBERED: usize = 1_000;
         if self.lane().is_none() {
             return false;
         }
         SAID.with_borrow_mut(|said| {
             said.retain(|(_, _, at)| now < *at + span);
-            let known = said
-                .iter()
-                .any(|(number, known, _)| *number == self.number && known == text);
-            if !known && said.len() < REMEMBERED {
+            let of_backend = || said.iter().filter(|(number, ..)| *number == self.number);
+            let is_known = of_backend().any(|(_, known, _)| known == text) || of_backend().count() >= LOGGED_LINES;
+            if !is_known && said.len() < REMEMBERED {
                 said.push((self.number, text.to_owned(), now));
             }
-            known
+            is_known
         })
     }
 }

@@ -137,7 +137,7 @@ impl Backend {
 
     fn log_left_out(&mut self, left_out: Vec<LeftOut>, now: Now) {
         for LeftOut { stream, group, silent } in left_out {
-            if !self.last_survey.is_news(&stream, &group, now) {
+            if !self.last_survey.is_news(&stream, &group, now) || !self.takes_line(now) {
                 continue;
             }
             let name = self.name();
