@@ -409,6 +409,39 @@ fn a_lost_connection_is_tried_again_at_once_and_then_with_backoff() {
     assert_eq!(desk.read(&[4, 5], "a"), [RowFate::Send; 2]);
 }
 
+/// A server that acknowledges a batch on each connection, and then closes it.
+#[test]
+fn connections_that_are_replaced_at_once_are_bounded() {
+    let mut desk = Desk::new(3);
+    let (start, mut lost) = (desk.now, Vec::new());
+    let mut seq = 0;
+    while desk.now < start + 10 * SECOND {
+        if lost.is_empty() || desk.delivery.wants_connection(desk.now) {
+            if !lost.is_empty() {
+                desk.connect();
+            }
+            seq += 1;
+            desk.read(&[seq], "a");
+            desk.replied(&[]);
+            desk.lost(0);
+            lost.push(desk.now - start);
+        }
+        desk.now += SECOND / 100;
+    }
+    assert!(lost[7] < SECOND / 10, "{lost:?}");
+    assert!((15..=30).contains(&lost.len()), "{lost:?}");
+    // After a pause, a lost connection is replaced at once.
+    desk.now += 10 * SECOND;
+    desk.connect();
+    desk.read(&[seq + 1], "a");
+    desk.replied(&[]);
+    desk.lost(0);
+    assert_eq!(
+        (desk.delivery.due_at(), desk.delivery.trouble()),
+        (Some(desk.now), None)
+    );
+}
+
 /// If settings change all the time, a backend gets some attempts at once, and then one a second.
 #[test]
 fn attempts_because_of_changes_are_bounded() {

@@ -1,9 +1,9 @@
-//! Servers that change with each connection or answer: they fill neither the log nor the worker's time, and hide nothing
-//! of other backends.
+//! Servers that change with each connection or answer: they fill neither the log nor the time of the worker, and hide
+//! nothing of other backends.
 
 use std::time::{Duration, Instant};
 
-use kit::{Liar, Lie, Postgres, QUICK, Redis, Stack, wait_drained, wait_until};
+use kit::{Bystander, Liar, Lie, Postgres, QUICK, Redis, Stack, wait_drained, wait_until};
 
 /// At most this many lines about a backend are logged within a minute, and one that says so.
 const MOST_LINES: usize = 21;
@@ -181,4 +181,35 @@ fn forged_guards_new_words_and_wake_ups_do_not_fill_the_log() {
     // What happens to others is still logged.
     stack.point_at("default", "127.0.0.1", 1);
     stack.pg.wait_log("backend \"default\" cannot be reached");
+}
+
+/// Each claim is durable, so each connection costs the worker's thread, which serves all backends, a flush of the WAL.
+#[test]
+fn servers_that_close_each_connection_hold_up_nobody() {
+    const SECONDS: u64 = 6;
+    let stack = Stack::start();
+    let liars: Vec<Liar> = (0..10).map(|_| Liar::honest()).collect();
+    for (n, liar) in liars.iter().enumerate() {
+        let mut closes = takes_one();
+        liar.lie(move |words| closes(&words[0]));
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port) values ('liar{n}', '127.0.0.1', {})",
+            liar.port()
+        ));
+    }
+    let bystander = Bystander::start(&stack);
+    let (mut client, start) = (stack.pg.client(), Instant::now());
+    while start.elapsed() < Duration::from_secs(SECONDS) {
+        client
+            .batch_execute(
+                "select outbox.publish_event('t', 'kit', backend => name) from outbox.backends where name like 'liar%'",
+            )
+            .expect("published");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let connections: usize = liars.iter().map(Liar::accepted).sum();
+    println!("{connections} connections in {SECONDS} s");
+    bystander.stop(&stack).assert_undisturbed("servers that close");
+    // For each server eight at once, and then at most one or two a second.
+    assert!(connections <= 10 * (10 + 3 * SECONDS as usize), "{connections}");
 }

@@ -18,6 +18,8 @@ const HASTY_FAILURES: u32 = 100;
 
 /// Minimum time between attempts that users ask for.
 const ASKED_PAUSE: Duration = Duration::from_secs(1);
+/// This many connections that had worked, and were lost, are replaced at once in quick succession.
+const HASTY_LOSSES: u32 = 8;
 /// This many changes of settings may cause attempts in quicker succession.
 const HASTY_CHANGES: u32 = 4;
 
@@ -33,6 +35,8 @@ pub(super) struct Attempts {
     changed_at: Option<Now>,
     /// Each such attempt moves this by a second. It may not lie far ahead.
     paid_until: Now,
+    /// Each connection that is replaced at once moves this by a second.
+    hurried_until: Now,
     /// When the next attempt would be if nobody had asked for one sooner.
     unasked: Option<Now>,
 }
@@ -46,6 +50,7 @@ impl Attempts {
             asked_at: None,
             changed_at: None,
             paid_until: Now::ZERO,
+            hurried_until: Now::ZERO,
             unasked: None,
         }
     }
@@ -87,6 +92,17 @@ impl Attempts {
 
     pub(super) fn has_failed(&self) -> bool {
         self.failures > 0
+    }
+
+    /// A connection that had worked was lost. Returns whether another one may replace it at once: a server that closes
+    /// each connection after a batch would otherwise keep the worker busy with claims, each of which is durable.
+    pub(super) fn may_hurry(&mut self, now: Now) -> bool {
+        let until = self.hurried_until.max(now);
+        let may = until <= now + (HASTY_LOSSES - 1) * ASKED_PAUSE;
+        if may {
+            self.hurried_until = until + ASKED_PAUSE;
+        }
+        may
     }
 
     /// The attempt has failed. Returns when the next one is. If somebody had asked for this one, the wait continues as

@@ -102,8 +102,9 @@ impl Delivery {
         };
         // A connection that had worked may have been closed because it was idle. The next attempt is made at once, but
         // only one.
-        let fresh =
+        let had_worked =
             !self.attempts.has_failed() && self.connection == ConnectionState::Up && failure.class == Class::Backend;
+        let fresh = had_worked && self.attempts.may_hurry(now);
         let retry_at = self.failed(failure, now, random);
         if fresh {
             self.trouble = None;
