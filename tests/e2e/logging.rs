@@ -237,8 +237,8 @@ fn a_server_that_comes_and_goes_does_not_flood_the_log() {
     let log = stack.pg.log().split_off(mark);
     let lines = count(&log, "LOG:  ") + count(&log, "WARNING:  ") + count(&log, "ERROR:  ");
     println!("{lines} lines for {} connections", liar.accepted());
-    // Eight connections are replaced without a word. After that each loss counts, until 20 lines and one more were logged
-    // about the backend. Some are about the server.
+    // Eight connections are replaced without a word. After that each loss counts, until 20 lines and one more were
+    // logged about the backend. Some are about the server.
     assert!(lines < 30, "{lines}: {log}");
 }
 
