@@ -26,7 +26,7 @@ begin
         where not exists (select from outbox.events e where e.xid = r.xid and e.seq between r.first_seq and r.last_seq);
     replayed := outbox.replay_events(b.number, greatest(since, '0001-01-01'), least(coalesce(until, 'infinity'), '9999-12-31'), event_type);
     if replayed > 0 then
-        raise log using message = format('%s published events of backend "%s" are appended again', replayed, b.name),
+        raise log using message = format('%s published events of backend "%s" are appended again', replayed, regexp_replace(b.name, '[[:cntrl:]]', ' ', 'g')),
             detail = format('They were published from %s %s.', since, coalesce('to before ' || until, 'on'))
                 || case when event_type is null then '' else format(' Their type is "%s".', event_type) end;
     end if;

@@ -83,7 +83,7 @@ begin
     delete from outbox.held_refused r where not exists (select from outbox.held_events h where h.seq = r.seq);
     if sent + accepted + scheduled > 0 then
         raise log using message = format('backend "%s" continues in place of another server: %s held events are published, %s had been sent, %s are scheduled',
-            b.name, accepted, sent, scheduled);
+            regexp_replace(b.name, '[[:cntrl:]]', ' ', 'g'), accepted, sent, scheduled);
     end if;
     return sent + accepted + scheduled;
 end

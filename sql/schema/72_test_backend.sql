@@ -24,7 +24,7 @@ begin
     role := nullif(answer[4], '');
     address := nullif(answer[5], '');
     error := nullif(answer[6], '');
-    raise log using message = format('backend "%s" was tested: %s', name, coalesce(error, 'it works'));
+    raise log using message = format('backend "%s" was tested: %s', regexp_replace(name, '[[:cntrl:]]', ' ', 'g'), coalesce(error, 'it works'));
 end
 $$;
 comment on function outbox.test_backend(text) is 'Has the worker log in to a backend''s Redis once more, by its saved settings, beside what it is doing, and says whether all that sending needs works: resolve, connect, TLS, AUTH, SELECT, PING, ROLE, and with exactly_once the rights on guard and stream. error begins with the step that failed. Nothing is written to Redis, and no password is shown. Also for a backend that is paused, misconfigured or fenced. Takes as long as its time-outs allow.';

@@ -2,7 +2,7 @@
 
 use kit::sentinel::MASTER;
 use kit::{
-    Authority, BlackHole, Cluster, Garbage, Postgres, QUICK, Redis, Refused, Stack, Watched, publish_many,
+    Authority, BlackHole, Cluster, Garbage, Liar, Lie, Postgres, QUICK, Redis, Refused, Stack, Watched, publish_many,
     wait_drained, wait_eq,
 };
 use std::time::{Duration, Instant};
@@ -266,4 +266,34 @@ fn a_test_uses_the_senders_tls_settings() {
         answer.error.as_deref().is_some_and(|error| error.starts_with("TLS: ")),
         "{answer:?}"
     );
+}
+
+/// What a server says of itself must leave room for what is wrong with it, and a name writes nothing into the log.
+#[test]
+fn a_servers_long_words_hide_no_error() {
+    let stack = quick();
+    let liar = Liar::start(|words| match words[0].as_str() {
+        "HELLO" => {
+            let long = "\u{1f40e}".repeat(200);
+            let bulk = |text: &str| format!("${}\r\n{text}\r\n", text.len());
+            let [server, version, role] = ["server", "version", "role"].map(bulk);
+            Lie::say(format!("*6\r\n{server}{0}{version}{0}{role}{0}", bulk(&long)))
+        }
+        _ => None,
+    });
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port) values ('liar', '127.0.0.1', {0}), (E'evil\\033[2J', '127.0.0.1', {0})",
+        liar.port()
+    ));
+    let answer = test(&stack.pg, "liar");
+    let error = answer.error.clone().unwrap_or_default();
+    assert!(!answer.ok && error.starts_with("ROLE: READONLY"), "{answer:?}");
+    assert_eq!(answer.version.map(|version| version.chars().count()), Some(60));
+    stack
+        .pg
+        .exec("select outbox.test_backend(name) from outbox.backends where name like 'evil%'");
+    stack
+        .pg
+        .wait_log("backend \"evil [2J\" was tested: ROLE: READONLY it is a replica");
+    assert!(!stack.pg.log().contains('\u{1b}'), "{}", stack.pg.log());
 }

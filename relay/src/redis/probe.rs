@@ -90,10 +90,16 @@ fn look(destination: &Destination, stream: Option<&str>, found: &mut Found) -> R
     step::at(Step::Role);
     // A server or proxy that does not know HELLO reports none of these.
     if let Some(Value::Array(items)) = tolerated(topology::ask(&mut connection, &[b"HELLO", b"2"], &Bounds::HELLO))? {
+        /// The answer must have room for what is wrong. (Redis's longest version has some twenty characters.)
+        const SHOWN: usize = 60;
+        let short = |text: &[u8]| {
+            let text = failure::server_text::shown(&String::from_utf8_lossy(text));
+            text.chars().take(SHOWN).collect::<String>()
+        };
         let said = |name: &str| {
             let is_it = |pair: &&[Value]| matches!(&pair[0], Value::BulkString(key) if key == name.as_bytes());
             match items.chunks_exact(2).find(is_it).map(|pair| &pair[1]) {
-                Some(Value::BulkString(text)) => Some(failure::server_text::shown(&String::from_utf8_lossy(text))),
+                Some(Value::BulkString(text)) => Some(short(text)),
                 _ => None,
             }
         };
