@@ -364,3 +364,33 @@ fn a_server_without_its_cursors_goes_on_from_its_guard() {
     assert_eq!(stack.redis.xlen("events"), 4);
     stack.pg.stop(kit::Mode::Fast);
 }
+
+/// A Redis that has the guard of one backend shows it for others, which are new, with a total near the largest number.
+#[test]
+fn forged_totals_of_new_backends_hide_no_view() {
+    let (stack, liar) = liar::trusted();
+    let guard = liar.hash(&stack.guard_key());
+    let lie = reply(&guard, &[("total", (i64::MAX / 2 - 1).to_string())]);
+    let ours = stack.guard_key();
+    liar.lie(move |words| (words[0] == "HGETALL" && words[1] != ours).then(|| Lie::Say(lie.clone())));
+    for n in 1..=3 {
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, host, port) values ('new{n}', '127.0.0.1', {});
+             select outbox.publish_event('t', 'kit', backend => 'new{n}')",
+            liar.port()
+        ));
+    }
+    for n in 1..=3 {
+        let found = wait_trouble(
+            &stack.pg,
+            &format!("new{n}"),
+            "misconfigured",
+            "in total that this server",
+        );
+        assert_eq!((found.pending, found.published), (1, 0), "{found:?}");
+    }
+    let published: i64 = stack.pg.one("select published_total from outbox.status");
+    assert_eq!(published, 1);
+    liar.lie(|_| None);
+    (1..=3).for_each(|n| wait_drained(&stack.pg, &format!("new{n}")));
+}

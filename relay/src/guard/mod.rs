@@ -192,15 +192,20 @@ impl Guard {
                     tick.snapshot.xmax().max(tick.next_xid) > reach.next_xid || tick.high_seq > reach.highest_seq
                 })
         };
-        let epochs = if reach.epoch > 0 { reach.epoch } else { MOST_EPOCHS };
-        // Each event whose reply was not read has a number of its own.
-        let total = reach.total.max(0).saturating_add(reach.highest_seq);
+        /// A server that does not know how much it has sent, because the backend is new or its cursor was deleted, may
+        /// have sent each event this many times, after losses.
+        const TIMES: i64 = 1_000;
+        let (epochs, total) = match reach.epoch {
+            0 => (MOST_EPOCHS, reach.highest_seq.saturating_mul(TIMES)),
+            // Each event whose reply was not read has a number of its own.
+            epoch => (epoch, reach.total.max(0).saturating_add(reach.highest_seq)),
+        };
         [
             (is_current && is_beyond(&self.position), "position"),
             (is_current && is_beyond(&self.previous), "previous"),
             (is_current && self.wal > reach.wal, "wal"),
             (epoch_of(self.number) > epochs, "number"),
-            (reach.epoch > 0 && self.total > total, "total"),
+            (self.total > total, "total"),
             (
                 is_current && self.again.iter().any(|seq| *seq > reach.highest_seq),
                 "again",
