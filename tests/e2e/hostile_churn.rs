@@ -213,3 +213,48 @@ fn servers_that_close_each_connection_hold_up_nobody() {
     // For each server eight at once, and then at most one or two a second.
     assert!(connections <= 10 * (10 + 3 * SECONDS as usize), "{connections}");
 }
+
+/// Each answer names other nodes, and no node keeps a connection.
+#[test]
+fn a_cluster_whose_nodes_change_with_each_answer_holds_up_nobody() {
+    const SECONDS: u64 = 8;
+    let stack = hasty();
+    let liar = Liar::honest();
+    let (mut closes, mut count, port) = (takes_one(), 0u32, liar.port());
+    liar.lie(move |words| match words[0].as_str() {
+        "CLUSTER" => {
+            count += 1;
+            let letters = "localhost".chars().enumerate();
+            let name: String = letters
+                .map(|(n, c)| if count >> n & 1 == 1 { c.to_ascii_uppercase() } else { c })
+                .collect();
+            let gone = (0..90).map(|n| {
+                format!(
+                    "*3\r\n:{n}\r\n:{n}\r\n*2\r\n{}:{}\r\n",
+                    bulk(&format!("no{count}.invalid")),
+                    n + 1
+                )
+            });
+            let rest = format!("*3\r\n:90\r\n:16383\r\n*2\r\n{}:{port}\r\n", bulk(&name));
+            Lie::say(format!("*91\r\n{}{rest}", gone.collect::<String>()))
+        }
+        command => closes(command),
+    });
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, mode, nodes, allowed_streams) values ('liar', 'cluster', '{{127.0.0.1:{port}}}', '{{*}}')"
+    ));
+    let bystander = Bystander::start(&stack);
+    let mark = stack.pg.log().len();
+    let (mut client, start) = (stack.pg.client(), Instant::now());
+    while start.elapsed() < Duration::from_secs(SECONDS) {
+        client
+            .batch_execute("select outbox.publish_event('t', 'kit', backend => 'liar', stream => 's' || n) from generate_series(1, 20) n")
+            .expect("published");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let lines = lines_about(&stack, mark, "liar").len();
+    println!("{lines} lines for {} connections in {SECONDS} s", liar.accepted());
+    bystander.stop(&stack).assert_harmless("a cluster that changes");
+    // Of the lanes, and of their finder.
+    assert!(lines <= 2 * MOST_LINES, "{lines}");
+}

@@ -61,6 +61,7 @@ mod hostile_groups;
 mod hostile_guards;
 mod hostile_hangs;
 mod hostile_replies;
+mod hostile_tls;
 mod hostile_words;
 mod in_the_way;
 mod inbox;

@@ -57,10 +57,14 @@ impl Backend {
     }
 
     fn count_line(&mut self, now: Now) {
-        if self.logged.count(now) {
+        if !self.logged.count(now) {
+            return;
+        }
+        let message = format!("backend \"{}\" changes too often to log each change", self.name());
+        if !self.was_said_within(&message, repeat_log_after(), LOGGED_LINES + 1, now) {
             log(
                 LogLevel::Warning,
-                &format!("backend \"{}\" changes too often to log each change", self.name()),
+                &message,
                 Some("Its changes are logged again in a minute."),
                 Some("See outbox.backend_status and outbox.health()."),
             );
@@ -129,6 +133,11 @@ impl Backend {
 
     /// Whether another lane has logged the same within `span`, or all lanes have logged much.
     fn was_said(&self, text: &str, span: Duration, now: Now) -> bool {
+        self.was_said_within(text, span, LOGGED_LINES, now)
+    }
+
+    /// The same; `most`: how many lines all lanes together may log.
+    fn was_said_within(&self, text: &str, span: Duration, most: usize, now: Now) -> bool {
         const REMEMBERED: usize = 1_000;
         if self.lane().is_none() {
             return false;
@@ -136,7 +145,7 @@ impl Backend {
         SAID.with_borrow_mut(|said| {
             said.retain(|(_, _, at)| now < *at + span);
             let of_backend = || said.iter().filter(|(number, ..)| *number == self.number);
-            let is_known = of_backend().any(|(_, known, _)| known == text) || of_backend().count() >= LOGGED_LINES;
+            let is_known = of_backend().any(|(_, known, _)| known == text) || of_backend().count() >= most;
             if !is_known && said.len() < REMEMBERED {
                 said.push((self.number, text.to_owned(), now));
             }
