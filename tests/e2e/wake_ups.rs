@@ -67,6 +67,15 @@ fn only_a_role_with_the_right_makes_a_backend_try_again() {
             "nobody",
             "begin; update theirs.own set a = 1; savepoint a; rollback to a; commit",
         ),
+        // Refused with a WARNING, and yet written to the catalog.
+        (
+            "publisher",
+            "grant insert (event_type) on outbox.events to publisher; grant usage on schema outbox to publisher",
+        ),
+        (
+            "publisher",
+            "grant execute on function outbox.publish_events(jsonb) to publisher",
+        ),
         (
             "publisher",
             "begin; select outbox.publish_event('t', 's', backend => 'failing'); rollback",
