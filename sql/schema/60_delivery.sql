@@ -74,10 +74,15 @@ create function outbox.rest(seconds double precision) returns void
     as 'MODULE_PATHNAME', 'rest_for_wrapper';
 comment on function outbox.rest(double precision) is 'As pg_sleep(), which sleeps for as long as somebody puts the clock back meanwhile; this does not.';
 
-create function outbox.wait_for(seen text, event_id uuid, caller oid, seconds double precision) returns boolean
-    language c volatile
+create function outbox.wait_for(seen text, seconds double precision) returns boolean
+    language c volatile strict
     as 'MODULE_PATHNAME', 'wait_for_wrapper';
-comment on function outbox.wait_for(text, uuid, oid, double precision) is 'Part of outbox.drain() and outbox.wait_published(): waits until no event that a snapshot sees waits to be sent, or until an event is sent. It looks at what is committed, whatever the isolation of its transaction, and its time passes whatever is done to the clock.';
+comment on function outbox.wait_for(text, double precision) is 'Part of outbox.drain(): waits until no event that a snapshot sees waits to be sent. It looks at what is committed, whatever the isolation of its transaction, and its time passes whatever is done to the clock.';
+
+create function outbox.wait_for_event(event_id uuid, seconds double precision) returns boolean
+    language c volatile strict
+    as 'MODULE_PATHNAME', 'wait_for_event_wrapper';
+comment on function outbox.wait_for_event(uuid, double precision) is 'Part of outbox.wait_published(): the same until an event is sent, if the current user may know of it.';
 
 create function outbox.is_sent(event_id uuid, caller oid) returns boolean
     language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -96,18 +101,17 @@ end
 $$;
 comment on function outbox.is_sent(uuid, oid) is 'Part of outbox.wait_published(): whether an event of this role, or any event if the role may read outbox.event_status, is known to be in all its streams.';
 
+-- It runs with the rights of its caller: within a function, view or index of somebody else, the session's role is not
+-- the one that asks.
 create function outbox.wait_published(event_id uuid, timeout interval default '10s') returns boolean
-    language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+    language plpgsql volatile set search_path = pg_catalog, pg_temp
     as $$
 begin
     if event_id is null or timeout is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'event_id and timeout must not be null',
             hint = 'Pass the id that outbox.publish_event returned; it is null if a trigger has left the event out.';
     end if;
-    perform outbox.permit_views();
-    -- The caller's role, not the owner's, with whose rights this runs.
-    return outbox.wait_for(null, event_id, (select r.oid from pg_roles r where r.rolname = coalesce(nullif(current_setting('role'), 'none'), session_user)),
-        extract(epoch from timeout)::double precision);
+    return outbox.wait_for_event(event_id, extract(epoch from timeout)::double precision);
 end
 $$;
 comment on function outbox.wait_published(uuid, interval) is 'Waits until an event is known to be in its stream; if routes send it to several, in all of them. Returns false if that takes longer than the timeout. Call it after the commit. A publisher can wait for events of its own role, or of roles that it is a member of; to wait for any event needs the right to read outbox.event_status, which pg_monitor has.';
@@ -149,7 +153,7 @@ begin
             hint = 'Pass how long to wait, such as ''10 s''.';
     end if;
     perform outbox.wake();
-    return outbox.wait_for(pg_current_snapshot()::text, null, null, extract(epoch from timeout)::double precision);
+    return outbox.wait_for(pg_current_snapshot()::text, extract(epoch from timeout)::double precision);
 end
 $$;
 comment on function outbox.drain(interval) is 'Waits until all events that were committed before it was called are in their streams, or have failed; false if that takes longer than the timeout. It also waits for events of a paused backend and for refused events, but not for scheduled events that are not due. Call it outside a transaction.';

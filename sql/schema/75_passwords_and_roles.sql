@@ -63,6 +63,7 @@ values
     ('execute', 'function outbox.binary_data(bytea)'),
     ('execute', 'function outbox.published_here()'),
     ('execute', 'function outbox.wait_published(uuid, interval)'),
+    ('execute', 'function outbox.wait_for_event(uuid, double precision)'),
     -- They also require ownership of a table.
     ('execute', 'function outbox.attach_table(regclass, text, text, text, text[], text[], text, text, text)'),
     ('execute', 'function outbox.detach_table(regclass)'),

@@ -4,18 +4,13 @@ use crate::functions::status::{self, HANGS_AFTER_MS};
 use crate::functions::waiting::rest;
 use crate::server::encoding::words_to_server;
 use crate::server::error::expect_arguments;
-use crate::server::process;
-use crate::server::report;
 use crate::server::shmem;
 use crate::tables::sql::text_array;
 use pgrx::{pg_extern, pg_sys};
 use std::borrow::Cow;
-use std::ffi::CStr;
 
 /// How often to look whether the worker has given a sign of life.
 const LOOK_MS: i64 = 2;
-/// What a session may not read.
-const RESTRICTION: &CStr = c"restrict_nonsystem_relation_kind";
 
 /// `outbox.worker_silence()`: for how many seconds this database's worker has given no sign of life since it was asked
 /// for one. NULL: it has given one, or there is no worker. A healthy worker answers within a millisecond or so.
@@ -35,24 +30,6 @@ fn worker_silence() -> Option<f64> {
             _ => rest(LOOK_MS),
         }
     }
-}
-
-/// `outbox.permit_views()`: until the function ends that calls it
-#[pg_extern(sql = false)]
-fn permit_views() {
-    let permit = || {
-        // SAFETY: within a transaction; the value is read before it can change, and the setting exists if it has one.
-        unsafe {
-            // Minor releases of before August 2024 do not have it.
-            let value = pg_sys::GetConfigOption(RESTRICTION.as_ptr(), true, false);
-            if !value.is_null() && *value != 0 {
-                let action = process::until_the_caller_ends();
-                process::set_for_now(RESTRICTION, c"", pg_sys::GucContext::PGC_USERSET, action);
-            }
-        }
-    };
-    // SAFETY: this frame has nothing to be dropped, nor has pgrx's, which calls it.
-    unsafe { report::guard(permit) };
 }
 
 crate::sql_function!(worker_trouble, pg_finfo_worker_trouble);

@@ -1,7 +1,7 @@
 //! Functions that SQL calls and that belong to no other module. (The others stand beside what they use.)
 //!
 //! - [`status`] what the views ask; [`meters`] counters
-//! - [`health`] what `outbox.health()` asks in addition
+//! - [`health`] what `outbox.health()` asks in addition; [`permitting`] lets a session read views
 //! - [`role_name`] input of that type; [`stream_name`] which streams templates give; [`routes`] patterns and streams of
 //!   routes
 //! - [`acting`] what an administrator does; [`test_backend`] a question to the worker; [`waiting`] how a session waits
@@ -10,6 +10,7 @@
 mod acting;
 mod health;
 mod meters;
+mod permitting;
 mod published_here;
 mod role_name;
 mod routes;

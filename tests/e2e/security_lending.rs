@@ -216,3 +216,42 @@ fn published_here_shows_events_by_the_rights_that_published_them() {
     assert_eq!(row.get::<_, Vec<String>>(0), ["attached.insert"]);
     nobody.batch_execute("rollback").expect("an end");
 }
+
+/// A role's code that others run with the role's rights: superusers by REINDEX and ANALYZE of its table, all by its
+/// functions. It learns no more than the role, which may not know of others' events.
+#[test]
+fn code_that_others_run_for_a_publisher_waits_for_no_event_of_others() {
+    let (stack, mut app, _nobody) = start("");
+    let others = stack.publish("of others");
+    stack.wait_events(1);
+    let mut own = |sql: &str| {
+        app.batch_execute(sql)
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"))
+    };
+    own(&format!(
+        "create function lent.spied(how text) returns boolean language plpgsql immutable security definer as $$
+            begin
+                perform outbox.publish_event(how || ' ' || outbox.wait_published('{others}', '300 ms'), 'spied');
+                return true;
+            end $$;
+         create function lent.spied(number integer) returns boolean language sql immutable as $$ select lent.spied('indexed') $$;
+         create table lent.bait (number integer); insert into lent.bait values (1);
+         create index on lent.bait (lent.spied(number))"
+    ));
+    stack
+        .pg
+        .exec("reindex table lent.bait; analyze lent.bait; select lent.spied('called')");
+    stack
+        .pg
+        .exec("create role monitor login in role pg_monitor; grant usage on schema lent to monitor");
+    let mut monitor = stack.pg.client_as("monitor", "postgres");
+    monitor
+        .batch_execute("select lent.spied('called')")
+        .expect("everybody's");
+    let seen = "select string_agg(distinct event_type, ', ') from outbox.events where source = 'spied'";
+    assert_eq!(stack.pg.one::<String>(seen), "called false, indexed false");
+    // By themselves they may.
+    let wait = format!("select outbox.wait_published('{others}')");
+    assert!(stack.pg.one::<bool>(&wait));
+    assert!(monitor.query_one(&wait, &[]).expect("a monitor").get::<_, bool>(0));
+}

@@ -151,6 +151,7 @@ fn a_publisher_can_do_nothing_else() {
             "refuse_time",
             "refuse_value",
             "row_events",
+            "wait_for_event",
             "wait_published",
             "write_row_function"
         ]
