@@ -209,6 +209,11 @@ create function outbox.backends_changed() returns trigger
     as 'MODULE_PATHNAME', 'backends_changed';
 comment on function outbox.backends_changed() is 'Trigger of outbox.backends and outbox.backend_passwords: notifies sessions and the worker.';
 
+create function outbox.expect_room() returns trigger
+    language c
+    as 'MODULE_PATHNAME', 'expect_room';
+comment on function outbox.expect_room() is 'Trigger of outbox.backends and outbox.routes, whose rows are kept in memory: refuses more than 5,000 rows, and more than 4 MiB of texts (54000).';
+
 create function outbox.rescheduled() returns trigger
     language c
     as 'MODULE_PATHNAME', 'rescheduled';

@@ -110,6 +110,7 @@ mod restore_without_triggers;
 mod restores;
 mod retention;
 mod retry_failed;
+mod room;
 mod routes;
 mod routes_refused;
 mod routes_rows;

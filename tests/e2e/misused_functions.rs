@@ -11,7 +11,7 @@ fn internal_functions_refuse_other_uses() {
     client
         .batch_execute("create table public.t (id int); create view public.v as select 1 as id")
         .unwrap();
-    let functions = ["complete_event", "confirm_event", "backends_changed"];
+    let functions = ["complete_event", "confirm_event", "backends_changed", "expect_room"];
     let mut tried = 0;
     for function in functions {
         for table in [
