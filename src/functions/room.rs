@@ -1,6 +1,6 @@
-//! How much `outbox.backends` and `outbox.routes` may hold. The worker and the sessions of publishers keep their rows in
-//! memory, and read them all when one has changed: a role that may write such a table could take the memory and the time
-//! of all others.
+//! How much `outbox.backends` and `outbox.routes` may hold. The worker and the sessions of publishers keep their rows
+//! in memory, and read them all when one has changed: a role that may write such a table could take the memory and the
+//! time of all others.
 
 use crate::server::error::raise;
 use crate::server::trigger_call::{When, expect_trigger};
