@@ -14,7 +14,7 @@ use relay::delivery::batch::{BATCH_BYTES, BuiltBatch, OpenBatch};
 use relay::delivery::cut::{Backends, Collector, Limits, NotEncoded, Offer, Pass, Source};
 use relay::delivery::flight::{BatchedEvent, Contents};
 use relay::delivery::refusal::{MOST_ATTEMPTS, Record, Retry};
-use relay::event::{ConfigError, Event};
+use relay::event::{ConfigError, Event, NoEntry};
 use relay::fault::{self, Point};
 use relay::reading::foreign::Written;
 use relay::reading::range::{Key, Scan, Table};
@@ -212,7 +212,7 @@ impl Offer for RowOffer<'_> {
                 self.stream,
                 self.backend.metered.committed_after_us,
             )),
-            Err(ConfigError::NoMemory(_)) => Err(NotEncoded::NoMemory),
+            Err(NoEntry::Config(ConfigError::NoMemory(_))) => Err(NotEncoded::NoMemory),
             Err(error) => Err(NotEncoded::Impossible(error.to_string())),
         }
     }
@@ -316,8 +316,8 @@ fn add_refused(backend: &mut Backend, batch: &mut OpenBatch, row: &Row) -> bool 
         match backend.encode(batch, &stream, event) {
             // Only the time since it was published is still known.
             Ok(()) => batch.entries.push(batched(row, event, stream, 0)),
-            Err(ConfigError::NoMemory(_)) if batch.entries.is_empty() => error::no_memory(),
-            Err(ConfigError::NoMemory(_)) => return false,
+            Err(NoEntry::Config(ConfigError::NoMemory(_))) if batch.entries.is_empty() => error::no_memory(),
+            Err(NoEntry::Config(ConfigError::NoMemory(_))) => return false,
             Err(error) => backend.failed(refused::fail(backend.number, &[row.key().seq], 0, &error.to_string())),
         }
         true

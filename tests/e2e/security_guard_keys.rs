@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use kit::{Refused, Stack};
+use kit::{Refused, Stack, wait_drained, wait_eq};
 use postgres::Client;
 
 /// The key of a guard that does not exist yet, of another backend or another server.
@@ -103,4 +103,42 @@ fn roles_that_may_insert_whole_rows_go_only_where_publishers_may_go() {
     let sql = "select count(*) from outbox.events where backend_number = 1 and stream is distinct from 'a'";
     assert_eq!(stack.pg.one::<i64>(sql), 0);
     assert_eq!(stack.redis.xlen(GUARD), 0);
+}
+
+/// It changes rows of events that wait, which nobody checks again.
+#[test]
+fn a_role_that_may_write_all_rows_makes_no_entry_in_a_guard() {
+    let stack = Stack::with(&[("outbox_relay.max_retries", "0")]);
+    stack.redis.call(&["SET", "taken", "no stream"]);
+    stack.pg.exec(
+        "create role writer login in role pg_write_all_data, pg_read_all_data; grant usage on schema outbox to writer;
+         select outbox.publish_event('fails', 's', stream => 'taken');
+         select outbox.publish_event('later', 's', scheduled_at => now() + interval '1 hour')",
+    );
+    let failed = || -> i64 { stack.pg.one("select count(*) from outbox.failed_events") };
+    wait_eq("the failed event", 1, failed);
+    let mut writer = stack.pg.client_as("writer", "postgres");
+    for table in ["failed_events", "scheduled_events"] {
+        writer
+            .batch_execute(&format!("update outbox.{table} set stream = '{GUARD}'"))
+            .expect("it may write all data");
+    }
+    writer
+        .batch_execute("update outbox.scheduled_events set scheduled_at = now()")
+        .expect("it may write all data");
+    stack.pg.exec("select outbox.retry_failed()");
+    stack.publish("last");
+    stack.wait_events(1);
+    wait_drained(&stack.pg, "default");
+    wait_eq("failed events", 2, failed);
+    let why: Vec<String> = stack
+        .pg
+        .client()
+        .query("select last_error from outbox.failed_events order by event_type", &[])
+        .expect("read")
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert!(why[1].starts_with("stream \"outbox_relay:guard:"), "{why:?}");
+    assert_eq!(stack.redis.call(&["EXISTS", GUARD]), redis::Value::Int(0));
 }

@@ -56,6 +56,16 @@ pub enum ConfigError {
     NoMemory(#[from] memory::NoMemory),
 }
 
+/// Why an event can be no entry of its stream.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum NoEntry {
+    /// Somebody has changed the stream in the row since it was checked.
+    #[error("stream \"{0}\" is the key of a guard")]
+    Reserved(String),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
 /// The fields of an object take up to this many times its size, if they are many and short.
 const GROWTH: usize = 48;
 /// For a smaller object, nobody looks whether there is memory.

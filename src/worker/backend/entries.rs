@@ -4,7 +4,8 @@ use crate::tables::options::Options;
 use crate::worker::backend::settings;
 use relay::delivery::batch::BATCH_BYTES;
 use relay::event::format::{Encoder, Target};
-use relay::event::{ConfigError, Event};
+use relay::event::stream_name::RESERVED;
+use relay::event::{Event, NoEntry};
 use std::collections::HashSet;
 use std::rc::Rc;
 
@@ -72,9 +73,12 @@ impl Entries {
         stream: &str,
         trims: bool,
         event: &Event<'_>,
-    ) -> Result<(), ConfigError> {
+    ) -> Result<(), NoEntry> {
+        if stream.starts_with(RESERVED) {
+            return Err(NoEntry::Reserved(stream.to_owned()));
+        }
         let max_len = if trims { self.max_len } else { 0 };
-        self.encoder.append_xadd(bytes, Target { stream, max_len }, event)
+        Ok(self.encoder.append_xadd(bytes, Target { stream, max_len }, event)?)
     }
 
     /// Sets the position in the WAL that entries carry, if they carry one.

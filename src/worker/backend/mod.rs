@@ -52,7 +52,7 @@ use crate::worker::backend::surveyed::LastSurvey;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
-use relay::event::{ConfigError, Event};
+use relay::event::{Event, NoEntry};
 use relay::fault::{self, Point};
 use relay::guard;
 use relay::reading::range::Position;
@@ -347,12 +347,7 @@ impl Backend {
     }
 
     /// Appends an event to a batch, ahead of its entry. `stream`: the result of [`Self::stream_of`].
-    pub(crate) fn encode(
-        &mut self,
-        batch: &mut OpenBatch,
-        stream: &Rc<str>,
-        event: &Event<'_>,
-    ) -> Result<(), ConfigError> {
+    pub(crate) fn encode(&mut self, batch: &mut OpenBatch, stream: &Rc<str>, event: &Event<'_>) -> Result<(), NoEntry> {
         let trims = batch.trims(stream);
         self.entries.encode(&mut batch.bytes, stream, trims, event)
     }

@@ -9,7 +9,7 @@ use crate::tables::{backends, rights, ticks};
 use crate::worker::backend::entries::Entries;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use relay::event::ConfigError;
+use relay::event::{ConfigError, NoEntry};
 use relay::resp::write::words;
 use std::borrow::Cow;
 
@@ -129,7 +129,7 @@ fn command(sought: &Sought) -> Option<Vec<u8>> {
         }
         match entries.encode(&mut command, &stream, true, &event) {
             Ok(()) => Some(command),
-            Err(ConfigError::NoMemory(_)) => no_memory(),
+            Err(NoEntry::Config(ConfigError::NoMemory(_))) => no_memory(),
             Err(error) => refuse_event(&error.to_string()),
         }
     });
