@@ -33,6 +33,31 @@ select outbox.guard_key(backend, null)
 $$;
 comment on function outbox.guard_key(text) is 'Key of a backend''s guard in Redis: a hash that names the owner of the streams and the last batch. In a cluster, the guard in the hash slot of the backend''s own stream.';
 
+create function outbox.publish_held(b outbox.backends, only_id uuid default null, only_branch smallint default null) returns bigint
+    language plpgsql set search_path = pg_catalog, pg_temp
+    as $$
+declare
+    accepted bigint;
+begin
+    with gone as (
+        delete from outbox.held_events h where h.backend = b.name
+            and (only_id is null or (h.event_id, h.branch) = (only_id, only_branch)) returning h.*
+    )
+    insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
+            data_schema, publisher_config, max_retries)
+        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data,
+            g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
+        -- Sorted last, because a join (since Postgres 16 a right anti-join) need not keep the order of its input.
+        from (select * from gone
+            where not exists (select from outbox.events e where e.event_id = gone.event_id and e.branch = gone.branch)
+                and not exists (select from outbox.failed_events f where f.event_id = gone.event_id and f.branch = gone.branch)
+            order by gone.seq) g;
+    get diagnostics accepted = row_count;
+    return accepted;
+end
+$$;
+comment on function outbox.publish_held(outbox.backends, uuid, smallint) is 'Part of outbox.accept_held(): publishes held events, all of a backend or one. Returns how many.';
+
 create function outbox.accept_held(backend text) returns bigint
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     as $$
@@ -40,7 +65,10 @@ declare
     b outbox.backends := outbox.expect_backend(backend);
     sent bigint;
     accepted bigint;
+    refused bigint := 0;
     scheduled bigint;
+    held record;
+    reason text;
 begin
     perform outbox.silence_triggers();
     -- The other server has sent these, as far as that is known.
@@ -54,19 +82,31 @@ begin
                     and (pg_visible_in_snapshot(h.xid, c.from_snapshot)
                         or pg_visible_in_snapshot(h.xid, c.to_snapshot) and h.seq <= c.last_seq));
     get diagnostics sent = row_count;
-    with gone as (
-        delete from outbox.held_events h where h.backend = b.name returning h.*
-    )
-    insert into outbox.events (xid, seq, created_at, event_id, backend_number, branch, event_type, source, backend, data, subject, stream,
-            data_schema, publisher_config, max_retries)
-        select pg_current_xact_id(), outbox.draw_seq(), g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data,
-            g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries
-        -- Sorted last, because a join (since Postgres 16 a right anti-join) need not keep the order of its input.
-        from (select * from gone
-            where not exists (select from outbox.events e where e.event_id = gone.event_id and e.branch = gone.branch)
-                and not exists (select from outbox.failed_events f where f.event_id = gone.event_id and f.branch = gone.branch)
-            order by gone.seq) g;
-    get diagnostics accepted = row_count;
+    begin
+        accepted := outbox.publish_held(b);
+    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+        or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+        -- One of them is refused here. It fails alone, and the others are published, each in a subtransaction.
+        accepted := 0;
+        for held in select h.event_id, h.branch from outbox.held_events h where h.backend = b.name order by h.seq loop
+            begin
+                accepted := accepted + outbox.publish_held(b, held.event_id, held.branch);
+            exception when data_exception or integrity_constraint_violation or program_limit_exceeded or data_corrupted
+                or index_corrupted or internal_error or plpgsql_error or undefined_object or insufficient_privilege then
+                reason := sqlerrm;
+                with gone as (
+                    delete from outbox.held_events h where (h.event_id, h.branch) = (held.event_id, held.branch) returning h.*
+                )
+                insert into outbox.failed_events (seq, xid, created_at, event_id, backend_number, branch, event_type, source, backend, data,
+                        subject, stream, data_schema, publisher_config, max_retries, published_by, attempts, last_error)
+                    select g.seq, g.xid, g.created_at, g.event_id, b.number, g.branch, g.event_type, g.source, b.name, g.data,
+                        g.subject, g.stream, g.data_schema, g.publisher_config, g.max_retries, g.published_by, 0, reason
+                    from gone g
+                    on conflict (event_id, seq) do nothing;
+                refused := refused + 1;
+            end;
+        end loop;
+    end;
     if accepted > 0 then
         -- Some may already be in their streams, so the worker looks for them first.
         insert into outbox.restores (backend_number, xid) values (b.number, pg_current_xact_id());
@@ -81,11 +121,16 @@ begin
         from due d where s.event_id = d.event_id and s.branch = d.branch;
     get diagnostics scheduled = row_count;
     delete from outbox.held_refused r where not exists (select from outbox.held_events h where h.seq = r.seq);
-    if sent + accepted + scheduled > 0 then
+    if refused > 0 then
+        raise warning using message = format('%s held events are refused here, and have failed', refused),
+            detail = format('The last was refused: %s.', reason),
+            hint = 'They are in outbox.failed_events. When the reason is removed, call outbox.retry_failed().';
+    end if;
+    if sent + accepted + refused + scheduled > 0 then
         raise log using message = format('backend "%s" continues in place of another server: %s held events are published, %s had been sent, %s are scheduled',
             regexp_replace(b.name, '[[:cntrl:]]', ' ', 'g'), accepted, sent, scheduled);
     end if;
-    return sent + accepted + scheduled;
+    return sent + accepted + refused + scheduled;
 end
 $$;
 comment on function outbox.accept_held(text) is 'Publishes those events of a backend that a subscription has brought and that the other server has not sent. outbox.take_over() calls it.';

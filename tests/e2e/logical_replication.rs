@@ -440,3 +440,29 @@ fn an_event_that_becomes_due_on_both_servers_is_sent_once_and_not_held() {
     new.exec("select outbox.publish_event('last', 's')");
     assert_eq!(types(&old.wait_events(6))[5], "last");
 }
+
+/// The options differ on the new server. What it refuses fails alone, and is published once it is accepted.
+#[test]
+fn an_event_that_the_new_server_refuses_does_not_stop_the_take_over() {
+    let old = old_server();
+    let new = subscribed(&old.pg);
+    old.pg.exec("update outbox.backends set enabled = false");
+    for (event, stream) in [("first", "null"), ("elsewhere", "'elsewhere'"), ("last", "null")] {
+        old.pg.exec(&format!(
+            "select outbox.publish_event('{event}', 's', stream => {stream})"
+        ));
+    }
+    wait_applied(&old.pg);
+    new.exec("update outbox.backends set allowed_streams = '{events}'");
+    new.exec("select outbox.take_over('default')");
+    assert_eq!(types(&old.wait_events(2)), ["first", "last"]);
+    let failed: String = new.one("select string_agg(event_type || ': ' || last_error, ', ') from outbox.failed_events");
+    assert!(
+        failed.starts_with("elsewhere: ") && failed.contains("\"elsewhere\""),
+        "{failed}"
+    );
+    assert_eq!(new.one::<i64>("select count(*) from outbox.held_events"), 0);
+    new.exec("update outbox.backends set allowed_streams = default");
+    assert_eq!(new.one::<i64>("select outbox.retry_failed()"), 1);
+    assert_eq!(types(&old.redis.wait_entries("elsewhere", 1)), ["elsewhere"]);
+}
