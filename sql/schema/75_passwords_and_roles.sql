@@ -1,14 +1,21 @@
 -- Passwords of backends, and the rights of publishers.
 
+create function outbox.hide_statement() returns void
+    language c volatile
+    as 'MODULE_PATHNAME', 'hide_statement_wrapper';
+comment on function outbox.hide_statement() is 'Part of outbox.set_backend_password(): pg_stat_activity no longer shows the statement that is running.';
+
 create function outbox.set_backend_password(name text, password text) returns void
     language plpgsql security definer set search_path = pg_catalog, pg_temp
     -- With a custom plan, each plan would contain the password, and would be logged where plans are (auto_explain).
     set plan_cache_mode = force_generic_plan
     as $$
 declare
-    b outbox.backends := outbox.expect_backend(name);
+    b outbox.backends;
     before jsonb;
 begin
+    perform outbox.hide_statement();
+    b := outbox.expect_backend(name);
     perform outbox.silence_triggers();
     -- When the caller's statement has ended, its log line may show its parameters, and auto_explain may show its plan
     -- with them.

@@ -8,12 +8,14 @@ use crate::server::error;
 use crate::server::error::{internal, raise};
 use crate::server::random;
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::{PgSqlErrorCode, pg_sys};
+use pgrx::{PgSqlErrorCode, pg_extern, pg_sys};
 use relay::seal::{self, NONCE_BYTES, SealKey};
 use std::ffi::{CStr, CString};
 
 const SERVER: &CStr = c"outbox_relay";
 const OPTION: &CStr = c"key";
+/// Shown in place of a statement that may contain a password.
+const HIDDEN: &CStr = c"(hidden by outbox.set_backend_password)";
 
 /// The key; `None` if there is none yet. It is made when the first password is set. Within a transaction.
 pub(crate) fn key() -> Option<SealKey> {
@@ -71,6 +73,14 @@ fn make_key() -> SealKey {
         pg_sys::CommandCounterIncrement();
     }
     key
+}
+
+/// `outbox.hide_statement()`: the running statement may contain a password, and pg_stat_activity shows a session's
+/// statement to monitors, also after its end.
+#[pg_extern(sql = false)]
+fn hide_statement() {
+    // SAFETY: a constant text, which is copied.
+    unsafe { pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, HIDDEN.as_ptr()) };
 }
 
 crate::sql_function!(seal_password, pg_finfo_seal_password);

@@ -186,16 +186,33 @@ fn statistics_hold_no_password() {
         ));
     }
     stack.pg.exec("analyze outbox.backend_passwords; analyze");
+    // Sessions that are idle after such a statement, idle after it has failed, and waiting in it.
+    let set = |backend: &str| format!("select outbox.set_backend_password('{backend}', '{SECRET}')");
+    let mut idle = stack.pg.client();
+    idle.batch_execute(&set("b1")).expect("set");
+    let mut failed = stack.pg.client();
+    failed.batch_execute(&set("nowhere")).expect_err("no such backend");
+    let mut locker = stack.pg.client();
+    locker
+        .batch_execute("begin; lock table outbox.backend_passwords in share mode")
+        .expect("lock");
+    let (mut waiting, sql) = (stack.pg.client(), set("b2"));
+    let waiting = std::thread::spawn(move || waiting.batch_execute(&sql));
+    wait_until("the session to wait", || {
+        stack.pg.one::<bool>("select exists (select from pg_stat_activity where wait_event_type = 'Lock')")
+    });
     let mut reader = stack.pg.client_as("reader", "postgres");
     for sql in [
         "select coalesce(string_agg(p::text, ''), '') from outbox.backend_passwords p",
         "select coalesce(string_agg(s::text, ''), '') from pg_statistic s",
         "select coalesce(string_agg(s::text, ''), '') from pg_stats s",
-        "select coalesce(string_agg(s::text, ''), '') from pg_stat_activity s where pid <> pg_backend_pid() and state <> 'idle'",
+        "select coalesce(string_agg(s::text, ''), '') from pg_stat_activity s where pid <> pg_backend_pid()",
     ] {
         let seen: String = reader.query_one(sql, &[]).expect("no right is missing").get(0);
         assert!(!seen.contains("Xq7"), "{sql}");
     }
+    locker.batch_execute("rollback").expect("rolled back");
+    waiting.join().expect("no panic").expect("set");
 }
 
 /// When a statement that sets a password fails, or is explained, the server's own log entries do not contain the
