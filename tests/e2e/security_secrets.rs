@@ -199,7 +199,9 @@ fn statistics_hold_no_password() {
     let (mut waiting, sql) = (stack.pg.client(), set("b2"));
     let waiting = std::thread::spawn(move || waiting.batch_execute(&sql));
     wait_until("the session to wait", || {
-        stack.pg.one::<bool>("select exists (select from pg_stat_activity where wait_event_type = 'Lock')")
+        stack
+            .pg
+            .one::<bool>("select exists (select from pg_stat_activity where wait_event_type = 'Lock')")
     });
     let mut reader = stack.pg.client_as("reader", "postgres");
     for sql in [
