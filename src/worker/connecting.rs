@@ -4,14 +4,13 @@
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
 use crate::server::process::repeat_log_after;
+use crate::worker::backend::longest_turn;
 use crate::worker::state::Worker;
 use relay::time::Now;
 use std::time::Duration;
 
-/// How long a turn lasts at least while others wait,
+/// How long a turn lasts at least while others wait.
 const TURN: Duration = Duration::from_secs(3);
-/// and at most, if the backend always has something to send.
-const LONGEST_TURN: Duration = Duration::from_secs(30);
 /// How soon to look again for free permits.
 const LOOK_AFTER: Duration = Duration::from_millis(250);
 
@@ -75,11 +74,8 @@ impl Worker {
     fn end_turns(&mut self, count: usize, now: Now) {
         let has_had = |b: &&mut crate::worker::backend::Backend| {
             let had = now.saturating_sub(b.turn.began_at);
-            b.turn.is_taken
-                && b.has_sender()
-                && b.delivery.is_up()
-                && had >= TURN
-                && (!b.is_sending() || had >= LONGEST_TURN)
+            let is_idle = b.delivery.is_up() && !b.is_sending();
+            b.turn.is_taken && b.has_sender() && had >= if is_idle { TURN } else { longest_turn() }
         };
         for backend in self.backends.iter_mut().filter(has_had).take(count) {
             backend.let_go();

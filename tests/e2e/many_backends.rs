@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use kit::process::{cpu_time, descriptors};
-use kit::{Bystander, Stack, eventually, wait_until};
+use kit::{BlackHole, Bystander, Postgres, Redis, Stack, eventually, wait_until};
 
 /// How long an event of the backend `default` takes.
 fn takes(stack: &Stack) -> Duration {
@@ -69,6 +69,32 @@ fn thousands_of_backends_neither_end_the_worker_nor_delay_others() {
     });
     println!("all had their turn after {:?}", start.elapsed());
     assert_eq!(stack.pg.wait_worker("postgres"), worker, "the worker has ended");
+}
+
+/// Whoever makes backends whose servers never answer, with the longest timeouts, keeps nobody else's from connecting.
+#[test]
+fn backends_that_connect_for_ever_leave_turns_to_others() {
+    let mut stack = Stack::of(
+        Postgres::with(&[("max_files_per_process", "200")]).faults(),
+        Redis::start(),
+    );
+    stack.pg.mutation("short_minutes");
+    stack.pg.restart();
+    stack.publish("first");
+    stack.wait_events(1);
+    let (hole, port) = (BlackHole::start(), stack.redis.port());
+    stack.pg.exec(&format!(
+        "insert into outbox.backends (name, host, port, connect_timeout, socket_timeout)
+             select 'hole' || n, '127.0.0.1', {}, '1 hour', '1 hour' from generate_series(1, 60) n;
+         insert into outbox.backends (name, host, port, stream_name) values ('late', '127.0.0.1', {port}, 'late');
+         select outbox.publish_event('event', 'kit', backend => name) from outbox.backends where name <> 'default'",
+        hole.port()
+    ));
+    let start = Instant::now();
+    eventually("the last one to have its turn", Duration::from_secs(60), || {
+        (stack.redis.xlen("late") == 1).then_some(())
+    });
+    println!("it had its turn after {:?}", start.elapsed());
 }
 
 /// Sets a limit of a process; returns the value of before.

@@ -29,6 +29,20 @@ pub struct Destination {
     pub protocol: Protocol,
 }
 
+impl Destination {
+    /// Shortens what is waited for longer than this.
+    pub fn wait_at_most(&mut self, patience: Duration) {
+        self.connect_timeout = self.connect_timeout.min(patience);
+        self.socket_timeout = self.socket_timeout.min(patience);
+        let (Protocol::AtLeastOnce { replicas } | Protocol::ExactlyOnce { replicas, .. }) = &mut self.protocol;
+        if let Some(replicas) = replicas {
+            // The reply must come before the connection counts as lost.
+            let half = (self.socket_timeout / 2).as_millis().max(1);
+            replicas.wait_ms = replicas.wait_ms.min(u64::try_from(half).unwrap_or(u64::MAX));
+        }
+    }
+}
+
 /// How the node to write to is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeRoute {

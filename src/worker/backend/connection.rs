@@ -123,10 +123,12 @@ impl Connection {
         }
     }
 
-    /// Starts a sender. `ousts`: whether to take the guard from another owner.
+    /// Starts a sender. `ousts`: whether to take the guard from another owner. `patience`: how long it waits for
+    /// anything at most.
     pub(crate) fn connect(
         &mut self,
         ousts: bool,
+        patience: Duration,
         now: Now,
         waker: &Arc<UnixStream>,
         permit: SenderPermit,
@@ -137,6 +139,7 @@ impl Connection {
         if let Protocol::ExactlyOnce { ousting, .. } = &mut destination.protocol {
             *ousting = ousts.then(random::token);
         }
+        destination.wait_at_most(patience);
         let slow_at = now + 2 * (destination.connect_timeout + destination.socket_timeout);
         self.sender = Sender::Absent;
         let handle = without_signals(|| Handle::spawn(destination, waker.clone(), permit))?;

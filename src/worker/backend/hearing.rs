@@ -1,8 +1,8 @@
 //! A backend's sender: when it is started, what it reports, and when it is ended.
 
 use crate::server::process;
-use crate::worker::backend::Backend;
 use crate::worker::backend::connection::Connection;
+use crate::worker::backend::{Backend, longest_turn};
 use crate::worker::permits::SenderPermits;
 use relay::delivery::flight::Refusal;
 use relay::delivery::refusal::Record;
@@ -14,6 +14,7 @@ use relay::time::Now;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 impl Backend {
     /// Whether it is time to start a sender.
@@ -41,10 +42,15 @@ impl Backend {
     pub(crate) fn connect(&mut self, now: Now, waker: &Arc<UnixStream>, permits: &mut SenderPermits) {
         self.turn.began_at = now;
         let ousts = self.is_told_to_take_over();
+        let patience = if self.turn.is_taken {
+            longest_turn()
+        } else {
+            Duration::MAX
+        };
         let Some(connection) = self.duty.connection_mut().filter(|c| c.destination().is_ok()) else {
             return;
         };
-        match connection.connect(ousts, now, waker, permits.take()) {
+        match connection.connect(ousts, patience, now, waker, permits.take()) {
             Ok(()) => self.delivery.connecting(),
             Err(error) => {
                 let failure = match error.kind() {

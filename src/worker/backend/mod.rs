@@ -53,7 +53,7 @@ use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
 use relay::event::{Event, NoEntry};
-use relay::fault::{self, Point};
+use relay::fault::{self, Mutation, Point};
 use relay::guard;
 use relay::reading::range::Position;
 use relay::reading::role::Role;
@@ -62,6 +62,7 @@ use relay::redis::hash_slot::hash_slot_of;
 use relay::sender::orders::{Batch, Order};
 use relay::time::Now;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Lanes of one backend. The number is limited because each lane has a thread, a connection and buffers.
 pub(crate) const MOST_LANES: usize = 64;
@@ -102,6 +103,15 @@ pub(crate) struct Turn {
     pub is_taken: bool,
     /// When its last turn began.
     pub began_at: Now,
+}
+
+/// How long a turn lasts at most while others wait, whether the backend sends all the time or is still connecting. Its
+/// sender waits for nothing longer than that, because only then does it notice that its turn is over.
+pub(crate) fn longest_turn() -> Duration {
+    match fault::is_mutated(Mutation::ShortMinutes) {
+        true => Duration::from_secs(1),
+        false => Duration::from_secs(30),
+    }
 }
 
 /// When a tick has to be recorded for retention.
