@@ -2,19 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use kit::{Refused, Stack, types};
+use kit::{Refused, Stack, ids, types};
 use postgres::Client;
 
 /// Publishes a marker and returns the stream up to it: all events before it have arrived.
 #[track_caller]
 fn stream_up_to_marker(stack: &Stack) -> Vec<String> {
-    stack.publish("marker");
-    kit::wait_until("the marker to arrive", || {
-        stack
-            .events()
-            .last()
-            .is_some_and(|entry| entry.field("event_type") == "marker")
-    });
+    let marker = stack.publish("marker");
+    kit::wait_until("the marker to arrive", || ids(&stack.events()).last() == Some(&marker));
     types(&stack.events()).iter().map(|name| name.to_string()).collect()
 }
 
