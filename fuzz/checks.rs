@@ -3,8 +3,11 @@
 
 #[path = "checks/entries.rs"]
 pub(crate) mod entries;
+#[path = "checks/surveys.rs"]
+pub(crate) mod surveys;
 
 use redis::Value;
+use relay::consumers::readership::Question;
 use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::{self, Class};
 use relay::guard::Guard;
@@ -17,6 +20,7 @@ use relay::resp::read::{Inbox, Piece, Reply};
 use relay::samples::{self, claim};
 use relay::sender::conversation::Conversation;
 use relay::sender::orders::{Batch, Order, Report};
+use relay::sender::survey::{Besides, Survey};
 use relay::sender::tails::Search;
 use std::sync::Arc;
 
@@ -202,6 +206,7 @@ pub(crate) fn conversation(input: &[u8]) {
                     );
                 }
                 Report::Seen(found) => assert_eq!(found.len(), 1),
+                Report::Surveyed(_, found) => assert!(found.len() <= 1),
                 _ => {}
             }
         }
@@ -221,6 +226,14 @@ fn order(given: u64, setup: u8) -> Order {
             beat: n,
             released: false,
         },
+        (n, 3) if n % 3 == 2 => {
+            let question = Question {
+                stream: Arc::from("s"),
+                trim: None,
+            };
+            let besides = Besides { last: true, idle: true };
+            Order::Survey(Box::new(Survey::new(n, vec![question], besides)))
+        }
         _ => Order::Batch(Batch {
             bytes: b"*1\r\n$5\r\nMULTI\r\n".to_vec(),
             commands: 2,

@@ -40,4 +40,5 @@ replays! {
     publish: checks::entries::publish,
     nodes: checks::nodes,
     slots: checks::slots,
+    survey: checks::surveys::survey,
 }
