@@ -51,6 +51,7 @@ fn more_backends_or_routes_than_fit_are_refused() {
     for sql in [
         backends(5_000, 5_000),
         "update outbox.backends set static_fields = jsonb_build_object('k', repeat('x', 1000))".to_owned(),
+        "update outbox.backends set stream_name = '{event_type}', own_stream = repeat('x', 1000)".to_owned(),
         "insert into outbox.backends (name, static_fields) values ('one', '{}') on conflict do nothing".to_owned(),
         "insert into outbox.backends (name) values ('b1') on conflict (name) do update set static_fields = jsonb_build_object('k', repeat('x', 60000));
          insert into outbox.routes (backend) values ('b1');
