@@ -36,6 +36,14 @@ create table outbox.cursors (
 ) with (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table outbox.cursors is 'How far each backend has come, or in a cluster each of its lanes. Saved 250 ms after the last change, and at the latest after a second. A row outlives its backend until the transactions have ended that were open when the backend was deleted, because they may still commit events. Row 0 stands for events whose backend is unknown or was deleted earlier.';
 
+create table outbox.former_lanes (
+    like outbox.cursors,
+    -- An administrator has told the backend to take over since.
+    takes_over        boolean not null default false,
+    primary key (backend_number, slot)
+);
+comment on table outbox.former_lanes is 'Where lanes of a cluster''s backend stood that were given up because other hash slots needed one. A lane goes on from there when the next event for its hash slot comes.';
+
 create function outbox.hash_slot(stream text) returns integer
     language c immutable strict parallel safe
     as 'MODULE_PATHNAME', 'hash_slot';

@@ -48,17 +48,24 @@ from outbox.backends b
         select pg_catalog.bool_or(i.database <> d.oid) as is_copy
         from outbox.installation i, pg_catalog.pg_database d where d.datname = pg_catalog.current_database()
     ) h
+    cross join lateral (
+        select coalesce(pg_catalog.sum(k.published_total), 0)::bigint as published_total,
+            coalesce(pg_catalog.sum(k.failed_total), 0)::bigint as failed_total,
+            pg_catalog.max(k.last_published_at) as last_published_at,
+            coalesce(pg_catalog.sum(k.healings), 0)::bigint as healings
+        from outbox.former_lanes k where k.backend_number = b.number
+    ) f
     -- In a cluster this aggregates all lanes: the state of a lane with a problem comes first.
     cross join lateral (
         select (pg_catalog.array_agg(k.state order by pg_catalog.array_position(
                 '{fenced,copy,misconfigured,backoff,full,sending,idle}'::text[], k.state)))[1] as state,
-            pg_catalog.sum(k.published_total)::bigint as published_total,
-            pg_catalog.sum(k.failed_total)::bigint as failed_total,
-            pg_catalog.max(k.last_published_at) as last_published_at,
+            pg_catalog.sum(k.published_total)::bigint + f.published_total as published_total,
+            pg_catalog.sum(k.failed_total)::bigint + f.failed_total as failed_total,
+            greatest(pg_catalog.max(k.last_published_at), f.last_published_at) as last_published_at,
             (pg_catalog.array_agg(k.last_error order by k.last_error_at desc nulls last))[1] as last_error,
             pg_catalog.max(k.last_error_at) as last_error_at,
             pg_catalog.min(k.next_attempt_at) as next_attempt_at,
-            pg_catalog.sum(k.healings)::bigint as healings,
+            pg_catalog.sum(k.healings)::bigint + f.healings as healings,
             pg_catalog.string_agg(distinct k.address, ', ') as address
         from outbox.cursors k where k.backend_number = b.number
     ) c

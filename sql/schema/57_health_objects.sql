@@ -90,8 +90,8 @@ begin
 with
 ours(name) as (values
     ('events'), ('backends'), ('backend_passwords'), ('moved_backends'), ('routes'), ('publisher_limits'),
-    ('scheduled_events'), ('refused_events'), ('failed_events'), ('cursors'), ('ticks'), ('installation'),
-    ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'), ('known_triggers'),
+    ('scheduled_events'), ('refused_events'), ('failed_events'), ('cursors'), ('former_lanes'), ('ticks'),
+    ('installation'), ('incarnations'), ('take_overs'), ('copied_backends'), ('restores'), ('replays'), ('known_triggers'),
     ('held_events'), ('held_scheduled'), ('held_cursors'), ('held_refused'), ('kept_rows'), ('inbox'),
     ('consumer_grants'), ('consumer_groups'), ('events_seq_seq')),
 there as (
@@ -264,7 +264,8 @@ faults(what, fault, cure) as (
     from (values
             ('backends', 'PRIMARY KEY', 'name'), ('backends', 'UNIQUE', 'number'),
             ('backend_passwords', 'PRIMARY KEY', 'backend_number'),
-            ('cursors', 'PRIMARY KEY', 'backend_number, slot'), ('ticks', 'PRIMARY KEY', 'backend_number, reached_at'),
+            ('cursors', 'PRIMARY KEY', 'backend_number, slot'),
+            ('former_lanes', 'PRIMARY KEY', 'backend_number, slot'), ('ticks', 'PRIMARY KEY', 'backend_number, reached_at'),
             ('failed_events', 'PRIMARY KEY', 'event_id, seq'), ('failed_events', 'INDEX ON', 'failed_at'),
             ('failed_events', 'INDEX ON', 'seq, event_id'), ('refused_events', 'PRIMARY KEY', 'seq'),
             ('scheduled_events', 'PRIMARY KEY', 'event_id, branch'),

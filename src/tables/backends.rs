@@ -256,6 +256,7 @@ pub(crate) fn forget(numbers: &[i32], tick: &Tick) {
     RecordedTicks::by_the_clock().record_last(numbers, tick);
     run(
         "with cursors as (delete from outbox.cursors c where c.backend_number = any($1)),
+            former as (delete from outbox.former_lanes f where f.backend_number = any($1)),
             moved as (delete from outbox.moved_backends m where m.backend_number = any($1)),
             copied as (delete from outbox.copied_backends c where c.backend_number = any($1)),
             take_overs as (delete from outbox.take_overs t where t.backend_number = any($1)),

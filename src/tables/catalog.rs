@@ -39,7 +39,7 @@ pub(crate) struct Relations {
     tables: [pg_sys::Oid; TABLES.len()],
 }
 
-const TABLES: [&CStr; 26] = [
+const TABLES: [&CStr; 27] = [
     c"events",
     c"backends",
     c"backend_passwords",
@@ -52,6 +52,7 @@ const TABLES: [&CStr; 26] = [
     c"inbox",
     c"consumer_grants",
     c"cursors",
+    c"former_lanes",
     c"ticks",
     c"installation",
     c"incarnations",

@@ -64,38 +64,44 @@ pub(crate) fn with_lanes() -> BTreeSet<i32> {
 
 /// The saved position and standing of a backend, or of one lane of it.
 pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
-    query_kept(
+    read("outbox.cursors", number, lane)
+}
+
+/// The same in a table with the same columns.
+pub(super) fn read(table: &str, number: i32, lane: Option<u16>) -> Option<(Cursor, Standing)> {
+    let sql = format!(
         "select c.from_snapshot::text, c.from_next_xid::text, c.from_low_seq, c.from_high_seq,
             c.to_snapshot::text, c.to_next_xid::text, c.to_low_seq, c.to_high_seq, c.last_seq,
             c.published_total, c.failed_total, (extract(epoch from c.last_published_at) * 1000000)::bigint as last_published_us,
             c.last_error, c.last_hint, (extract(epoch from c.last_error_at) * 1000000)::bigint as last_error_us,
             c.batch_number, c.healings, c.epoch, c.address
-        from outbox.cursors c where c.backend_number = $1 and c.slot = $2",
-        &[number.into(), lane_number(lane).into()],
-        |row| {
-            let from = FROM.read(row).unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
-            let under_way = TO.read(row).map(|to| UnderWay {
-                to,
-                last_seq: row.value("last_seq").unwrap_or_default(),
-            });
-            let standing = Standing {
-                accepted_total: row.value("published_total").unwrap_or_default(),
-                failed_total: row.value("failed_total").unwrap_or_default(),
-                last_accepted_us: row.value("last_published_us"),
-                last_error: row.text("last_error"),
-                last_hint: row.text("last_hint"),
-                last_error_us: row.value("last_error_us"),
-                healings: row.value("healings").unwrap_or_default(),
-                epoch: row.value("epoch").unwrap_or_default(),
-                address: row.text("address"),
-            };
-            let cursor = Cursor {
-                position: Position { from, under_way },
-                number: row.value::<i64>("batch_number").unwrap_or_default() as u64,
-            };
-            (cursor, standing)
-        },
-    )
+        from {table} c where c.backend_number = $1 and c.slot = $2"
+    );
+    query_kept(&sql, &[number.into(), lane_number(lane).into()], |row| {
+        let from = FROM
+            .read(row)
+            .unwrap_or_else(|| internal("a cursor of outbox.cursors is not readable"));
+        let under_way = TO.read(row).map(|to| UnderWay {
+            to,
+            last_seq: row.value("last_seq").unwrap_or_default(),
+        });
+        let standing = Standing {
+            accepted_total: row.value("published_total").unwrap_or_default(),
+            failed_total: row.value("failed_total").unwrap_or_default(),
+            last_accepted_us: row.value("last_published_us"),
+            last_error: row.text("last_error"),
+            last_hint: row.text("last_hint"),
+            last_error_us: row.value("last_error_us"),
+            healings: row.value("healings").unwrap_or_default(),
+            epoch: row.value("epoch").unwrap_or_default(),
+            address: row.text("address"),
+        };
+        let cursor = Cursor {
+            position: Position { from, under_way },
+            number: row.value::<i64>("batch_number").unwrap_or_default() as u64,
+        };
+        (cursor, standing)
+    })
     .pop()
 }
 
@@ -104,7 +110,9 @@ pub(crate) fn cursor(number: i32, lane: Option<u16>) -> Option<(Cursor, Standing
 pub(crate) fn totals(number: i32) -> (u64, u64) {
     let found = query(
         "select sum(c.published_total)::bigint as accepted, sum(c.failed_total)::bigint as failed
-        from outbox.cursors c where c.backend_number = $1",
+        from (select k.published_total, k.failed_total from outbox.cursors k where k.backend_number = $1
+            union all
+            select k.published_total, k.failed_total from outbox.former_lanes k where k.backend_number = $1) c",
         &[number.into()],
         |row| ["accepted", "failed"].map(|column| row.value::<i64>(column).unwrap_or_default().max(0) as u64),
     );

@@ -3,8 +3,8 @@
 //! - [`catalog`] the relations, [`known_backends`] the backends; [`missing`] reports missing objects; [`rights`] the
 //!   rights that our SQL runs with; [`publisher_limits`] where a role may publish
 //! - [`sql`] how SQL runs; [`found_row`] a row of its result; [`backends`] with their [`options`], [`cursors`],
-//!   [`refused`], [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] one or two tables each;
-//!   [`branches`] the rows of one event
+//!   [`former_lanes`], [`refused`], [`replays`], [`restores`], [`retention`], [`routes`], [`scheduled`] one or two
+//!   tables each; [`branches`] the rows of one event
 //! - [`row`], [`events`], [`whole_table`] reading rows without SQL; [`care`] a row that cannot be read fails alone
 //! - [`insertion`] inserting rows; [`trusted`] rows that the trigger need not check
 //! - [`numbers`], [`sequence`] numbers that ascend; [`lent_numbers`] those of events that were published with rights of
@@ -24,6 +24,7 @@ pub(crate) mod copies;
 pub(crate) mod cursors;
 pub(crate) mod events;
 pub(crate) mod foreign;
+pub(crate) mod former_lanes;
 pub(crate) mod found_row;
 pub(crate) mod identity;
 pub(crate) mod insertion;

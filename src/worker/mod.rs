@@ -21,6 +21,7 @@
 //! | [`connecting`] | decides which backends have a sender | [`turns`], [`permits`] |
 //! | [`recovery`] | brings backends with a guard up | `relay::recovery` |
 //! | [`reading`], [`pass`] | takes ticks and reads for groups of backends; what one scan does | `relay::reading` |
+//! | [`lanes`] | makes lanes of clusters, and gives them up | [`found`]: for which rows |
 //! | [`passing_by`] | lets readers of backends that do not send pass rows of others | [`passed`] |
 //! | [`pacing`] | shares what backends with `max_rate` may send | [`rates`] |
 //! | [`retrying`] | sends refused events again | `relay::delivery` |
@@ -37,6 +38,8 @@ mod connecting;
 mod consumers;
 mod due;
 mod forgetting;
+mod found;
+mod lanes;
 mod leave;
 mod loading;
 mod mended;

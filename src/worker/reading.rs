@@ -8,7 +8,8 @@ use crate::tables::catalog;
 use crate::tables::events;
 use crate::tables::events::EventsTable;
 use crate::tables::ticks;
-use crate::worker::backend::{Backend, MOST_LANES};
+use crate::worker::backend::Backend;
+use crate::worker::found::Found;
 use crate::worker::pass::{self, Outcome};
 use crate::worker::state::AwaitedTick;
 use crate::worker::state::Generation;
@@ -17,7 +18,6 @@ use crate::worker::state::Worker;
 use crate::worker::task::Task;
 use pgrx::pg_sys;
 use relay::fault::{self, Mutation, Point};
-use relay::reading::range::Position;
 use relay::reading::role::Role;
 use relay::reading::schedule::{self, Group, Reader, Schedule, Supply, Way, Wish};
 use relay::reading::snapshot::Tick;
@@ -31,9 +31,6 @@ const STANDBY_LONGEST_LOOK: Duration = Duration::from_millis(100);
 
 /// If settings cannot be loaded, reading waits this long for them, and then goes on with those that were last loaded.
 const STALE_READING: Duration = Duration::from_millis(500);
-
-/// How long to wait while a lane cannot be made.
-const LANE_PAUSE: Duration = Duration::from_millis(100);
 
 /// For this long after a commit, more commits are expected.
 const PUBLISHING_TIME: Duration = Duration::from_secs(1);
@@ -69,6 +66,7 @@ impl Worker {
         }
         self.grant(now);
         self.read_in_groups(now);
+        self.add_lanes(now);
         let is_more = changed || self.schedule(now).reading().next().is_some();
         let is_all_read = self.awaited.is_none();
         for index in 0..self.backends.len() {
@@ -268,29 +266,6 @@ impl Worker {
         }))
     }
 
-    /// Makes a lane for a hash slot that has none, at its finder's position, and saves it before the finder goes on.
-    fn add_lane(&mut self, finder: usize, hash_slot: u16, at: Position, now: Now) -> Result<(), Aborted> {
-        let number = self.backends[finder].number;
-        let lanes = self
-            .backends
-            .iter()
-            .filter(|b| b.number == number && b.lane().is_some());
-        if lanes.count() >= MOST_LANES {
-            let wait = guc::millis(&guc::POLL_INTERVAL_MS);
-            self.backends[finder].no_lane_left(hash_slot, wait, now);
-            return Ok(());
-        }
-        let (finder, home) = (&self.backends[finder], &self.home);
-        let lane = process::transaction(|| {
-            let mut lane = finder.new_lane(hash_slot, at, home);
-            lane.save_new();
-            catalog::expect_served();
-            lane
-        })?;
-        self.backends.push(lane);
-        Ok(())
-    }
-
     /// Whether sessions are publishing, besides what the worker itself does.
     pub(super) fn is_beside_others(&self) -> bool {
         self.published_at.is_some_and(|at| self.now() < at + PUBLISHING_TIME)
@@ -440,15 +415,11 @@ impl Worker {
                 process::debug(|| format!("sent {sent} events to backend \"{}\"", backend.name()));
             }
             match reader.found {
-                Some(hash_slot) => {
-                    let task = Task::AddLane(self.backends[reader.index].whose());
-                    if self
-                        .attempt(task, now, |w| w.add_lane(reader.index, hash_slot, end, now))
-                        .is_none()
-                    {
-                        self.backends[reader.index].rests_until = now + LANE_PAUSE;
-                    }
-                }
+                Some(hash_slot) => self.found.push(Found {
+                    finder: reader.index,
+                    hash_slot,
+                    at: end,
+                }),
                 None if backend.is_finder() => backend.goes_on(now),
                 None => {}
             }

@@ -12,7 +12,7 @@ use crate::tables::numbers;
 use crate::tables::replays::Replays;
 use crate::tables::row::{Row, attribute};
 use crate::tables::ticks;
-use crate::tables::{backends, refused, restores, retention};
+use crate::tables::{backends, former_lanes, refused, restores, retention};
 use crate::worker::backend::Backend;
 use crate::worker::backend::saving::save;
 use relay::delivery::refusal::Record;
@@ -318,17 +318,18 @@ fn is_comparable(row: &Row) -> bool {
 }
 
 fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
-    let (number, is_lane) = (backend.number, backend.lane().is_some());
-    if !backend.is_enabled() {
+    let number = backend.number;
+    if !backend.is_told_to_take_over() {
         return Ok(());
     }
-    if let Some(row) = backend.duty.row_mut().filter(|row| row.take_over) {
-        // For a lane, the request stays until all lanes have seen it.
-        if !is_lane {
-            process::transaction(|| backends::forget_take_over(number))?;
-        }
-        row.take_over = false;
+    // For a lane, the request stays until all lanes have carried it out.
+    if backend.lane().is_none() {
+        process::transaction(|| {
+            backends::forget_take_over(number);
+            former_lanes::take_over(number);
+        })?;
     }
+    backend.has_taken_over();
     Ok(())
 }
 
@@ -348,12 +349,13 @@ pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Resu
         // Until the finder has read that far, more lanes may have to be made.
         let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
         let is_compared = !row.restores.is_empty() && has_found_all && !of_lanes().any(Backend::is_restored);
-        let finder = &mut backends[index];
         if is_taken_over {
-            forget_take_over(finder)?;
+            forget_take_over(&mut backends[index])?;
+            let its = backends.iter_mut().filter(|b| b.number == number);
+            its.for_each(Backend::may_take_over_again);
         }
         if is_compared {
-            finder.forget_restores()?;
+            backends[index].forget_restores()?;
         }
     }
     Ok(())

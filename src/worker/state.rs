@@ -6,6 +6,7 @@ use crate::server::questions::Heard;
 use crate::tables::identity::Identity;
 use crate::worker::backend::{Backend, Home};
 use crate::worker::due::Scheduled;
+use crate::worker::found::Found;
 use crate::worker::mended::Mending;
 use crate::worker::passed::Passed;
 use crate::worker::permits::SenderPermits;
@@ -83,6 +84,8 @@ pub(super) struct Worker {
     pub(super) scheduled: Scheduled,
     /// Streams, by the index of their backend, in which no event waits any more when the failed ones are written down.
     pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
+    /// What finders have found in this round.
+    pub(super) found: Vec<Found>,
     pub(super) settings_changed: bool,
     /// Whether the present stream of the settings is recorded.
     pub(super) is_stream_noted: bool,
@@ -152,6 +155,7 @@ impl Worker {
             polled_at: Now::ZERO,
             scheduled: Scheduled::default(),
             failed_streams: Vec::new(),
+            found: Vec::new(),
             settings_changed: false,
             is_stream_noted: false,
             nudged: false,

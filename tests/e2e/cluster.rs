@@ -161,36 +161,6 @@ fn at_least_once_works_in_a_cluster() {
     assert_no_crossslot(&stack);
 }
 
-#[test]
-fn more_slots_than_there_are_lanes_are_an_error_that_loses_nothing() {
-    let cluster = Cluster::start(0);
-    let quick = [QUICK, &[("outbox_relay.poll_interval", "200ms")]].concat();
-    let stack = stack(&quick, &cluster);
-    let streams: Vec<String> = (0..65).map(|n| format!("many{n}")).collect();
-    let slots: std::collections::BTreeSet<u16> = streams.iter().map(|s| cluster.slot_of(s)).collect();
-    assert_eq!(slots.len(), 65);
-    for stream in &streams {
-        publish(&stack, stream, 1);
-    }
-    for stream in &streams[..64] {
-        cluster.wait_entries(stream, 1);
-    }
-    wait_trouble(&stack.pg, "default", "misconfigured", "64 others are in use");
-    wait_eq("what waits", 1, || standing(&stack.pg, "default").pending);
-    // The other streams go on.
-    let more = publish(&stack, "many7", 2);
-    assert!(ids(&cluster.wait_entries("many7", 3)).ends_with(&more));
-    assert_eq!(cluster.entries("many64").len(), 0);
-    assert!(
-        stack.pg.log().contains("cannot send all its events"),
-        "{}",
-        stack.pg.log()
-    );
-    stack.pg.exec("delete from outbox.events where stream = 'many64'");
-    wait_eq("its state", "idle".to_string(), || standing(&stack.pg, "default").state);
-    wait_drained(&stack.pg, "default");
-}
-
 /// A refusal affects only one stream; and saved refusals are known after a restart, for each lane.
 #[test]
 fn a_refused_stream_delays_no_other_and_is_tried_again() {

@@ -17,6 +17,7 @@ mod clock_steps;
 mod clones;
 mod cluster;
 mod cluster_faults;
+mod cluster_lanes;
 mod consumers;
 mod copies;
 mod crash;

@@ -19,6 +19,10 @@ impl Ahead {
         self.rows.insert(seq);
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     pub(super) fn contains(&self, seq: i64) -> bool {
         self.rows.contains(&seq)
     }

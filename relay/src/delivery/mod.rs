@@ -22,6 +22,7 @@
 //! - [`flight`] batches in flight; [`landing`] evaluates their replies; [`guarded`] the same with a guard
 //! - [`refusal`] streams with refused events, [`waiting`] which of them is tried next, [`retries`] the interface to
 //!   both; [`reread`] rows that are read again, [`ahead`] those of them that are not sent again
+//! - [`former`] lanes of a cluster that are given up
 //! - [`max_rate`] how many events a backend may send, [`pace`] and [`allowance`] what that means for its delivery
 
 mod ahead;
@@ -32,6 +33,7 @@ pub mod batch;
 mod connection;
 pub mod cut;
 pub mod flight;
+pub mod former;
 mod guarded;
 mod landing;
 pub mod max_rate;

@@ -157,6 +157,11 @@ impl Streams {
             )
     }
 
+    /// Whether any event waits.
+    pub fn has_waiting(&self) -> bool {
+        self.troubled.len() > self.exhausted || !self.innocent.is_empty()
+    }
+
     /// When the next stream is to be tried again.
     pub fn next_retry_at(&self) -> Option<Now> {
         let may_follow = || self.following.iter().any(|stream| self.may_follow(stream));

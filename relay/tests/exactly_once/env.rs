@@ -75,6 +75,10 @@ pub(crate) enum Mutant {
     PurgesWithoutLanes,
     /// The reader of a lane that does not send passes a row of its own, too.
     PassesItsOwn,
+    /// Gives up a lane that has events to send.
+    GivesUpAnyLane,
+    /// Lets a lane that was given up begin where its finder stands, though it may have sent more.
+    FormerLaneBeginsAtFinder,
 }
 
 /// How often each fault happens.
@@ -228,6 +232,8 @@ seen!(
     late_commands,
     trims,
     lanes,
+    lanes_given_up,
+    lanes_again,
     passed_by,
     purged,
     not_compared,
@@ -239,6 +245,8 @@ pub(crate) struct Env {
     /// One, or the masters of a cluster by their hash slots.
     pub(crate) redis: Vec<Redis>,
     pub(crate) is_cluster: bool,
+    /// How many lanes there may be.
+    pub(crate) most_lanes: usize,
     pub(crate) now: Now,
     pub(crate) mutant: Mutant,
     pub(crate) faults: Faults,
@@ -301,6 +309,7 @@ impl Env {
             seen: Seen::default(),
             tells: std::env::var_os("SEED").is_some(),
             batch_size: rng.usize(1..10),
+            most_lanes: rng.usize(1..=HASH_SLOTS),
             waiting_at_once: rng.usize(1..6),
             most_compared: if rng.u8(..) < 30 { rng.usize(1..20) } else { usize::MAX },
             max_attempts: rng.u32(1..5),

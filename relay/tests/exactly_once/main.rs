@@ -90,7 +90,7 @@ macro_rules! catches {
 
 catches! {
     the_oracle_catches_a_sender_that_goes_on_before_refusals_are_saved:
-        new(ResumesUnsaved), { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
+        new(ResumesUnsaved), { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere", "comes after"];
     the_oracle_catches_a_sender_that_goes_on_before_refusals_are_durable:
         new(ResumesUnflushed), { troubled: 0.1, server_crashes: 0.5 }, ["is lost", "which is nowhere", "times in its stream", "comes after"];
     the_oracle_catches_a_wrong_previous_position: new(WrongPrevious), { troubled: 0.1, crashes: 0.1 }, ["is lost", "which is nowhere"];
@@ -124,6 +124,10 @@ catches! {
         cluster(PurgesWithoutLanes), { purges: 0.2, cuts: 0.1 }, ["was purged, and is lost"];
     the_oracle_catches_a_lane_that_does_not_send_and_passes_its_own_row:
         cluster(PassesItsOwn), { cuts: 0.05 }, ["is lost", "which is nowhere", "which has no lane"];
+    the_oracle_catches_a_lane_that_is_given_up_with_events_to_send:
+        cluster(GivesUpAnyLane), { cuts: 0.05 }, ["is lost", "which is nowhere", "does not cover"];
+    the_oracle_catches_a_former_lane_that_forgets_what_it_has_sent:
+        cluster(FormerLaneBeginsAtFinder), { cuts: 0.05 }, ["times in its stream"];
     the_oracle_catches_a_lane_that_compares_for_all_after_a_promotion:
         cluster(OneLaneComparesForAll), { promotions: 0.05 }, ["is lost", "which is nowhere", "times in its stream"];
     the_oracle_catches_a_lane_made_after_a_promotion_that_compares_nothing:

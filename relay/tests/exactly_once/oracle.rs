@@ -22,9 +22,7 @@ impl World {
         let oldest = image.as_ref().map(|image| &image.tables);
         let saved = [Some(tables), oldest].into_iter().flatten().all(|tables| {
             let refused = tables.refused.get(&(stream, key.seq));
-            let cursor = tables.cursor_of(&self.env, stream);
-            cursor.is_some_and(|cursor| cursor.position.covers(key))
-                && refused.is_none_or(|refused| refused.accepted_in.is_some())
+            tables.has_passed(&self.env, stream, key) && refused.is_none_or(|refused| refused.accepted_in.is_some())
         });
         let lane = self.site.lane_of(stream);
         saved && lane.is_some_and(|lane| lane.delivery.acked().covers(key))
@@ -44,8 +42,7 @@ impl World {
             let settled = site.tables.is_written_down(row.stream, key.seq)
                 || self.env.gone.contains(&row.uid)
                 || counts.contains_key(&row.uid);
-            let cursor = site.tables.cursor_of(&self.env, row.stream);
-            if cursor.is_some_and(|cursor| cursor.position.covers(key)) && !settled {
+            if site.tables.has_passed(&self.env, row.stream, key) && !settled {
                 return Err(format!("the saved cursor passed {}, which is nowhere", key.seq));
             }
         }
@@ -56,7 +53,7 @@ impl World {
     fn check_finder(&self) -> Result<(), String> {
         let site = &self.site;
         let finder = site.tables.saved.get(&None).expect("it is saved from the beginning");
-        let is_missing = |stream: u8| site.tables.cursor_of(&self.env, stream).is_none();
+        let is_missing = |stream: u8| self.env.is_cluster && !site.tables.has_lane(stream);
         let is_passed = |key: &Key| {
             let row = site.database.row(key.seq);
             let is_there = site.database.is_committed(key.seq) && !site.database.is_purged(key.seq);
@@ -148,8 +145,7 @@ impl World {
                 false => Ok(()),
             };
         }
-        let cursor = site.tables.cursor_of(&self.env, row.stream);
-        if !cursor.is_some_and(|cursor| cursor.position.covers(key)) {
+        if !site.tables.has_passed(&self.env, row.stream, key) {
             return Err(format!("the cursor does not cover {seq}"));
         }
         if failed

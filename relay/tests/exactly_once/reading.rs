@@ -21,6 +21,9 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// The hash slot of a row that has no lane, and the position before the row.
+type Found = (u16, Position);
+
 /// The number of the model's backend.
 pub(crate) const NUMBER: i32 = 1;
 
@@ -157,12 +160,13 @@ impl Site {
         let is_any = !groups.is_empty();
         if is_any {
             let group = &groups[env.rng.usize(..groups.len())];
-            self.read_group(env, group, limit);
+            let found = self.read_group(env, group, limit);
+            self.add_lanes(env, found);
         }
         is_any
     }
 
-    fn read_group(&mut self, env: &mut Env, group: &Group, limit: usize) {
+    fn read_group(&mut self, env: &mut Env, group: &Group, limit: usize) -> Vec<Found> {
         for at in &group.members {
             if !self.lanes[*at].pending.is_empty() && env.mutant != Mutant::ResumesUnsaved {
                 self.save(env, *at);
@@ -170,7 +174,7 @@ impl Site {
         }
         let reader = |at: &usize| self.collector(*at);
         let readers = group.members.iter().map(reader).collect();
-        self.pass(env, group, readers, limit);
+        self.pass(env, group, readers, limit)
     }
 
     fn collector(&self, at: usize) -> Collector {
@@ -178,7 +182,7 @@ impl Site {
         Collector::new(at, NUMBER, lane.slot, lane.role, &lane.delivery)
     }
 
-    fn pass(&mut self, env: &mut Env, group: &Group, readers: Vec<Collector>, limit: usize) {
+    fn pass(&mut self, env: &mut Env, group: &Group, readers: Vec<Collector>, limit: usize) -> Vec<Found> {
         let backends = Backends::of(self.lanes.iter().map(|lane| (NUMBER, lane.slot, lane.role)));
         let pass = Pass::new(group, readers, backends, limits(env, limit));
         let mut view = self.database.view();
@@ -194,10 +198,20 @@ impl Site {
         let written_down = rows.written_down.get();
         if env.likely(env.faults.aborts) {
             tell!(env, "abort");
-            return;
+            return Vec::new();
         }
         env.seen.written_down += written_down;
-        readers.into_iter().for_each(|reader| self.hand_over(env, reader));
+        readers
+            .into_iter()
+            .filter_map(|reader| self.hand_over(env, reader))
+            .collect()
+    }
+
+    /// Called when all groups were read: a new lane may have the index of one that is given up.
+    fn add_lanes(&mut self, env: &mut Env, found: Vec<Found>) {
+        for (slot, at) in found {
+            self.add_lane(env, slot, at);
+        }
     }
 
     /// The readers of lanes that do not send pass rows of others: those that are down, and those of a paused backend.
@@ -221,8 +235,8 @@ impl Site {
         true
     }
 
-    /// Adopts the result of a pass, in a transaction that has committed.
-    fn hand_over(&mut self, env: &mut Env, reader: Collector) {
+    /// Adopts the result of a pass, in a transaction that has committed. Returns what a finder has found.
+    fn hand_over(&mut self, env: &mut Env, reader: Collector) -> Option<Found> {
         let at = reader.index;
         let parked: Vec<i64> = reader.records.iter().map(parked).collect();
         env.seen.skipped += (reader.skipped.len() - parked.len()) as u32;
@@ -253,20 +267,20 @@ impl Site {
             self.send(env, at, batch, contents);
         }
         self.lanes[at].delivery.advanced(end.clone());
-        if let Some(slot) = reader.found {
-            self.add_lane(env, slot, end);
-        }
+        reader.found.map(|slot| (slot, end))
     }
 
     /// Reads a large piece for all; true: one of them made progress.
     pub(crate) fn read_on(&mut self, env: &mut Env) -> bool {
-        let lanes = self.lanes.len();
+        let lanes = env.seen.lanes;
         let before: Vec<Position> = self.lanes.iter().map(|lane| lane.delivery.position().clone()).collect();
+        let mut found = Vec::new();
         for group in self.groups() {
-            self.read_group(env, &group, 1_000);
+            found.extend(self.read_group(env, &group, 1_000));
         }
+        self.add_lanes(env, found);
         let mut now = self.lanes.iter().map(|lane| lane.delivery.position()).zip(before);
-        self.lanes.len() > lanes || now.any(|(now, before)| !now.same_place(&before))
+        env.seen.lanes > lanes || now.any(|(now, before)| !now.same_place(&before))
     }
 }
 

@@ -1,10 +1,11 @@
 //! A Postgres server and its worker, which does the same as the extension's.
 
 use crate::env::{Env, Mutant, tell};
-use crate::lane::{Lane, hash_slot, seq_of};
+use crate::lane::{HASH_SLOTS, Lane, hash_slot, seq_of};
 use crate::model::database::Database;
 use crate::tables::{Saved, Tables};
 use relay::delivery::Cursor;
+use relay::delivery::former::GivesUp;
 use relay::delivery::refusal::Record;
 use relay::reading::range::{Key, Position};
 use relay::reading::role::Role;
@@ -262,18 +263,43 @@ impl Site {
         if env.likely(env.faults.aborts) {
             return;
         }
+        let former = match self.lanes.len() > env.most_lanes {
+            true => self.least_needed(env),
+            false => None,
+        };
+        if self.lanes.len() > env.most_lanes && former.is_none() {
+            return;
+        }
         let at = match env.mutant {
             Mutant::LaneBeginsAtNewest => Position::at(self.latest.clone().expect("somebody reads to it")),
             _ => at,
         };
         tell!(env, "a lane for {slot}, at {at}");
         env.seen.lanes += 1;
-        let saved = Saved::at(at);
+        let saved = match self.tables.former.remove(&slot) {
+            None => Saved::at(at),
+            Some(former) => {
+                env.seen.lanes_again += 1;
+                let position = match env.mutant {
+                    Mutant::FormerLaneBeginsAtFinder => at,
+                    _ => former.cursor.position.goes_on_from(at),
+                };
+                let number = former.cursor.number;
+                let cursor = Cursor { position, number };
+                Saved { cursor, ..former }
+            }
+        };
         let mut lane = Lane::new(env, &self.tables, Some(slot), &saved);
         lane.delivery.begins_where(&self.lanes[0].delivery);
         lane.take_over = self.lanes[0].take_over;
         lane.is_new = true;
-        self.lanes.push(lane);
+        match former {
+            None => self.lanes.push(lane),
+            Some(former) => {
+                self.give_up(env, former);
+                self.lanes[former] = lane;
+            }
+        }
         if env.mutant != Mutant::LaneIsNotSaved {
             self.tables.saved.insert(Some(slot), saved);
         }
@@ -281,10 +307,54 @@ impl Site {
     }
 }
 
+impl Site {
+    /// A lane that can be given up.
+    fn least_needed(&self, env: &mut Env) -> Option<usize> {
+        let finder = self.lanes[0].delivery.acked();
+        let can_be = |at: &usize| {
+            let lane = &self.lanes[*at];
+            let is_done = lane.delivery.gives_up(finder) == GivesUp::Now || env.mutant == Mutant::GivesUpAnyLane;
+            is_done && lane.pending.is_empty() && self.restores_seen(*at) == 0 && !lane.take_over
+        };
+        let all: Vec<usize> = (1..self.lanes.len()).filter(can_be).collect();
+        (!all.is_empty()).then(|| all[env.rng.usize(..all.len())])
+    }
+
+    fn give_up(&mut self, env: &mut Env, at: usize) {
+        env.seen.lanes_given_up += 1;
+        self.drop_connection(env, at);
+        self.save(env, at);
+        let slot = self.lanes[at].slot.expect("a finder stays");
+        let saved = self.tables.saved.remove(&Some(slot)).expect("it is saved");
+        tell!(env, "lane {slot} is given up at {}", saved.cursor.position);
+        self.tables.former.insert(slot, saved);
+    }
+
+    /// Events come for all lanes that were given up.
+    pub(crate) fn restore_former(&mut self, env: &mut Env) {
+        env.most_lanes = HASH_SLOTS;
+        let slots: Vec<u16> = self.tables.former.keys().copied().collect();
+        let finder = self.lanes[0].delivery.acked().clone();
+        slots
+            .into_iter()
+            .for_each(|slot| self.add_lane(env, slot, finder.clone()));
+    }
+}
+
 impl Tables {
-    /// The saved position up to which the events of a stream were delivered.
-    pub(crate) fn cursor_of(&self, env: &Env, stream: u8) -> Option<&Cursor> {
+    /// Whether an event of a stream was delivered, as far as is saved.
+    pub(crate) fn has_passed(&self, env: &Env, stream: u8, key: Key) -> bool {
         let slot = env.is_cluster.then(|| hash_slot(stream));
-        self.saved.get(&slot).map(|saved| &saved.cursor)
+        let passed = |saved: Option<&Saved>| saved.is_some_and(|saved| saved.cursor.position.covers(key));
+        match slot.and_then(|slot| self.former.get(&slot)) {
+            Some(former) => passed(Some(former)) || passed(self.saved.get(&None)),
+            None => passed(self.saved.get(&slot)),
+        }
+    }
+
+    /// Whether the events of a stream have a lane, or had one.
+    pub(crate) fn has_lane(&self, stream: u8) -> bool {
+        let slot = hash_slot(stream);
+        self.saved.contains_key(&Some(slot)) || self.former.contains_key(&slot)
     }
 }

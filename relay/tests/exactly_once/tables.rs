@@ -35,6 +35,8 @@ pub(crate) struct Tables {
     pub(crate) failed: BTreeMap<i64, u32>,
     /// By hash slot; the backend itself, or its finder, has none.
     pub(crate) saved: BTreeMap<Option<u16>, Saved>,
+    /// The same of lanes that were given up.
+    pub(crate) former: BTreeMap<u16, Saved>,
     /// Transactions that have restored events of a dump, which are still to be looked for.
     pub(crate) restores: Vec<u64>,
     /// The latest of those whose events have been looked for.
@@ -49,6 +51,7 @@ impl Tables {
             refused: BTreeMap::new(),
             failed: BTreeMap::new(),
             saved: BTreeMap::from([(None, Saved::at(Position::beginning()))]),
+            former: BTreeMap::new(),
             restores: Vec::new(),
             last_restore: 0,
             incarnations: Vec::new(),

@@ -270,10 +270,7 @@ impl World {
         };
         if env.likely(env.faults.restores) {
             let unsent = database.rows().filter(is_there);
-            let is_sent = |key: &Key| {
-                let cursor = site.tables.cursor_of(env, database.row(key.seq).stream);
-                cursor.is_some_and(|cursor| cursor.position.covers(*key))
-            };
+            let is_sent = |key: &Key| site.tables.has_passed(env, database.row(key.seq).stream, *key);
             let unsent = unsent.filter(|key| !is_sent(key));
             self.dump = unsent.map(|key| key.seq).collect();
         }
@@ -512,6 +509,8 @@ impl World {
         for redis in &mut env.redis {
             (redis.out_of_memory, redis.replicas_lag) = (false, false);
         }
+        self.run_dry()?;
+        self.site.restore_former(&mut self.env);
         self.run_dry()?;
         // A loss of Redis is noticed at the next refresh.
         (0..self.site.lanes.len()).for_each(|at| self.site.refresh(at));

@@ -83,7 +83,7 @@ impl Backend {
             self.duty = Duty::Find(Box::new(Finder::new(row, home)));
             return;
         }
-        let row = self.without_compared(row);
+        let row = self.without_done(row);
         match &mut self.duty {
             Duty::Send(service) => {
                 let destination = settings::destination(&row, home, service.lane);

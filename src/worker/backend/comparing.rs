@@ -25,7 +25,8 @@ impl Backend {
 
     /// The row to apply now: without restores that wait for the next comparison.
     pub(crate) fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
-        let mut row = self.without_compared(row);
+        self.has_taken_over &= row.take_over;
+        let mut row = self.without_done(row);
         if !self.is_exactly_once() || self.lane().is_some() {
             self.restored.waits = false;
             return row;
@@ -129,9 +130,11 @@ impl Backend {
         Ok(())
     }
 
-    /// The row without restores that this lane has compared; loading returns them again.
-    pub(super) fn without_compared(&self, mut row: BackendRow) -> BackendRow {
+    /// The row without what this lane has done before other lanes: restores that it has compared, and a take-over.
+    /// Loading returns them again.
+    pub(super) fn without_done(&self, mut row: BackendRow) -> BackendRow {
         if self.lane().is_some() {
+            row.take_over &= !self.has_taken_over;
             row.restores.retain(|restore| !self.restored.compared.contains(restore));
         }
         row

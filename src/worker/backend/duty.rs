@@ -7,6 +7,7 @@ use crate::worker::backend::connection::Connection;
 use crate::worker::backend::settings::{self, Home};
 use relay::reading::role::Role;
 use relay::redis::destination::Destination;
+use relay::time::Now;
 
 pub(crate) enum Duty {
     /// Send a backend's events; in a cluster, those of one lane.
@@ -32,6 +33,8 @@ pub(crate) struct Finder {
     pub row: BackendRow,
     /// Where its lanes connect, except for their hash slots.
     pub destination: Known<Destination>,
+    /// Since when an event waits for a lane that cannot be made.
+    pub lacks_lane_since: Option<Now>,
 }
 
 impl Duty {
@@ -136,6 +139,10 @@ impl Service {
 impl Finder {
     pub(crate) fn new(row: BackendRow, home: &Home) -> Self {
         let destination = settings::destination(&row, home, None);
-        Self { row, destination }
+        Self {
+            row,
+            destination,
+            lacks_lane_since: None,
+        }
     }
 }

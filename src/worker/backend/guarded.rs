@@ -28,6 +28,19 @@ impl Backend {
         self.row().is_some_and(|row| row.take_over && row.enabled)
     }
 
+    /// It has carried out the request to take over.
+    pub(crate) fn has_taken_over(&mut self) {
+        self.has_taken_over = self.lane().is_some();
+        if let Some(row) = self.duty.row_mut() {
+            row.take_over = false;
+        }
+    }
+
+    /// All lanes have.
+    pub(crate) fn may_take_over_again(&mut self) {
+        self.has_taken_over = false;
+    }
+
     /// What to do if Redis has lost everything. (A backend whose row has no usable value never connects.)
     pub(crate) fn on_missing_guard(&self) -> OnMissing {
         let known = self.options().and_then(|options| options.on_missing_guard.clone().ok());

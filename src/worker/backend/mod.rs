@@ -20,7 +20,7 @@ mod entries;
 mod guarded;
 pub(crate) mod heads;
 mod hearing;
-mod lanes;
+pub(crate) mod lanes;
 mod logged;
 mod logging;
 mod metered;
@@ -89,6 +89,8 @@ pub(crate) struct Backend {
     /// It reads nothing before this time, because it met a row that it cannot deliver yet.
     pub rests_until: Now,
     restored: Restored,
+    /// This lane has carried out a request to take over that other lanes have not carried out yet.
+    has_taken_over: bool,
     logged: Logged,
     entries: Entries,
     pub metered: Metered,
@@ -187,6 +189,7 @@ impl Backend {
             before_own: None,
             rests_until: Now::ZERO,
             restored: Restored::default(),
+            has_taken_over: false,
             logged: Logged::default(),
             entries,
             metered: Metered::default(),
