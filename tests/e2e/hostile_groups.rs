@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kit::{Bystander, Liar, Lie, Stack, wait_until};
+use kit::{Bystander, Liar, Lie, Postgres, QUICK, Redis, Stack, standing, wait_eq, wait_trouble, wait_until};
 
 fn bulk(text: &str) -> String {
     format!("${}\r\n{text}\r\n", text.len())
@@ -64,6 +64,53 @@ fn groups_of_ever_other_names_hold_up_nobody() {
         .one("select max(n) from (select count(*) as n from outbox.consumer_groups group by xmin::text) s");
     println!("at most {most} groups at once");
     assert!(most <= 2_000, "{most}");
+}
+
+/// Each answer is in time, and there are a hundred: a backend that must know them before it sends is not idle.
+#[test]
+fn a_backend_that_waits_for_a_slow_survey_says_so() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    let liar = Liar::honest();
+    liar.lie(
+        move |words| match (words[0].as_str(), words.get(1).map(String::as_str)) {
+            ("XINFO", Some("GROUPS")) => {
+                let names = (0..100).map(|n| n.to_string());
+                Some(Lie::Say(groups(names, 5, 7).into_bytes()))
+            }
+            ("XPENDING", _) => Some(Lie::Late {
+                bytes: b"*4\r\n:5\r\n$3\r\n1-0\r\n$3\r\n1-1\r\n*-1\r\n".to_vec(),
+                after: Duration::from_millis(100),
+            }),
+            ("XLEN", _) => Lie::say(":1\r\n"),
+            ("EVAL", _) => Lie::say("+1-0\r\n"),
+            _ => None,
+        },
+    );
+    stack.pg.exec(&format!(
+        "update outbox.backends set port = {}, trim = 'read', max_len = 1000",
+        liar.port()
+    ));
+    stack.publish("t");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "has not told of consumer groups");
+    assert_eq!((found.pending, found.published), (1, 0), "{found:?}");
+    let accepted = liar.accepted();
+    wait_eq("the event", 1, || liar.entries("events"));
+    assert_eq!(liar.accepted(), accepted, "it was not cut off");
+    wait_eq("the state", "idle".to_owned(), || standing(&stack.pg, "default").state);
+}
+
+/// Everything works but this: a backend that must know its groups before it sends is not idle.
+#[test]
+fn a_backend_that_waits_for_a_survey_that_fails_says_so() {
+    let stack = Stack::of(Postgres::with(QUICK), Redis::start());
+    let liar = Liar::start(|words| (words[0] == "XLEN").then_some(Lie::Close));
+    stack.pg.exec(&format!(
+        "update outbox.backends set port = {}, trim = 'read', max_len = 1000",
+        liar.port()
+    ));
+    stack.publish("t");
+    let found = wait_trouble(&stack.pg, "default", "backoff", "closed the connection");
+    assert_eq!((found.pending, found.published), (1, 0), "{found:?}");
 }
 
 /// Sums of what one server says must not hide what others say.

@@ -28,8 +28,10 @@ pub enum Interest {
     View,
 }
 
-/// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.)
+/// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.) The
+/// next one has twice as long, because Redis may only be slow.
 const PATIENCE: Duration = Duration::from_secs(60);
+const MOST_PATIENCE: Duration = Duration::from_secs(24 * 3_600);
 
 /// How many streams are remembered, without trimming and with it. If there are more, those are forgotten to which
 /// nothing was sent for the longest time. A forgotten stream is not trimmed until something is sent to it again.
@@ -73,6 +75,7 @@ pub struct Readership {
     streams: HashMap<Rc<str>, Watched>,
     /// The survey that was ordered, and until when its answer is expected.
     on_its_way: Option<(u64, Now)>,
+    patience: Duration,
     surveys: u64,
     /// When the last survey began.
     asked_at: Option<Now>,
@@ -132,6 +135,7 @@ impl Readership {
             own_stream,
             streams,
             on_its_way: None,
+            patience: PATIENCE,
             surveys: 0,
             asked_at: None,
             clock: 0,
@@ -238,6 +242,17 @@ impl Readership {
         self.full = Some(stream);
     }
 
+    /// When to say that a survey takes long, if the backend waits for it. `limit`: how long it may take before that.
+    pub fn slow_at(&self, limit: Duration) -> Option<Now> {
+        let waits = self.holds_back() && self.trouble.is_none() && self.on_its_way.is_some();
+        self.asked_at.filter(|_| waits).map(|at| at + limit)
+    }
+
+    /// The backend waits for a survey that takes long. Its answers, or the next ones, end this.
+    pub fn is_slow(&mut self, failure: Failure) {
+        self.trouble = Some(failure);
+    }
+
     /// The failure that keeps the backend from sending, if it is not only momentary.
     pub fn trouble(&self) -> Option<&Failure> {
         self.trouble.as_ref()
@@ -269,7 +284,11 @@ impl Readership {
     /// ordered before the survey; `None`: there is no guard. `trims`: the backend is not paused.
     pub fn ask(&mut self, now: Now, last: Option<u64>, trims: bool, interest: Interest) -> (u64, Vec<Question>) {
         self.surveys += 1;
-        self.on_its_way = Some((self.surveys, now + PATIENCE));
+        self.patience = match self.on_its_way {
+            Some(_) => (self.patience * 2).min(MOST_PATIENCE),
+            None => PATIENCE,
+        };
+        self.on_its_way = Some((self.surveys, now + self.patience));
         self.asked_at = Some(now);
         let asks_all = interest == Interest::View || self.policy.is_none();
         let first = |stream: &Rc<str>| [&self.full, &self.own_stream].contains(&&Some(stream.clone()));

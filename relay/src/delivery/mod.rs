@@ -381,12 +381,23 @@ impl Delivery {
         });
     }
 
+    /// A survey was answered, so the connection works. Returns whether there was a failure before.
+    pub fn has_answered(&mut self) -> bool {
+        let works = self.connection == ConnectionState::Up && self.flights.is_empty();
+        if works {
+            self.attempts.succeeded();
+        }
+        works && self.trouble.take().is_some()
+    }
+
     /// Called when nothing is left to read and nothing is in flight, so that there is no failure any more. Returns
     /// whether there was one before. `is_all_read`: there are no further rows that may not be read yet and may be
     /// written down.
     pub fn rest(&mut self, is_all_read: bool) -> bool {
         let is_calm = self.streams.next_retry_at().is_none() && self.streams.to_fail(1).is_empty();
-        let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_calm;
+        // Whoever waits for a survey has not shown yet that its connection works.
+        let is_free = is_calm && !self.is_held_back();
+        let rests = self.connection == ConnectionState::Up && self.flights.is_empty() && is_free;
         if rests {
             self.attempts.succeeded();
         }

@@ -140,7 +140,7 @@ impl Connection {
             *ousting = ousts.then(random::token);
         }
         destination.wait_at_most(patience);
-        let slow_at = now + 2 * (destination.connect_timeout + destination.socket_timeout);
+        let slow_at = now + slow_after(&destination);
         self.sender = Sender::Absent;
         let handle = without_signals(|| Handle::spawn(destination, waker.clone(), permit))?;
         self.sender = Sender::Connecting { handle, slow_at };
@@ -189,6 +189,11 @@ impl Connection {
         if let Some(handle) = self.sender.handle() {
             handle.rouse();
         }
+    }
+
+    /// After which time an answer that the backend waits for takes long.
+    pub(crate) fn slow_after(&self) -> Option<Duration> {
+        self.destination.as_ref().ok().map(slow_after)
     }
 
     /// When to log that connecting takes long.
@@ -263,4 +268,9 @@ impl Connection {
         let tls = self.destination.as_ref().ok().and_then(|d| d.tls.as_ref());
         tls.is_some_and(|tls| tls.insecure)
     }
+}
+
+/// Servers that answer should be ready within twice their timeouts.
+fn slow_after(destination: &Destination) -> Duration {
+    2 * (destination.connect_timeout.saturating_add(destination.socket_timeout))
 }

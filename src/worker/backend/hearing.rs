@@ -92,7 +92,7 @@ impl Backend {
         if self.delivery.has_used_up_numbers() {
             self.let_go();
         }
-        has_news |= self.says_that_it_is_slow(now);
+        has_news |= self.says_that_it_is_slow(now) | self.says_that_survey_is_slow(now);
         if has_news {
             self.logged.looked(now);
             self.log_change(now);

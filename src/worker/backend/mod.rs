@@ -257,7 +257,10 @@ impl Backend {
             .connection()
             .filter(|c| self.connects() && !c.waits_for_turn())?;
         match self.is_enabled() {
-            true => self.delivery.due_at().into_iter().chain(connection.slow_at()).min(),
+            true => {
+                let slow_at = connection.slow_at().into_iter().chain(self.survey_slow_at());
+                self.delivery.due_at().into_iter().chain(slow_at).min()
+            }
             false => self.delivery.connects_at(),
         }
     }

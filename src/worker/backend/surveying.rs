@@ -11,6 +11,7 @@ use relay::consumers::group::Surveyed;
 use relay::consumers::readership::{Interest, LeftOut, Policy, Readership};
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::flight::Contents;
+use relay::failure::{Failure, Trouble};
 use relay::sender::orders::Order;
 use relay::sender::survey::{Besides, Survey};
 use relay::time::Now;
@@ -101,6 +102,28 @@ impl Backend {
         self.order(Order::Survey(Box::new(Survey::new(number, questions, besides))));
     }
 
+    /// When to say that a survey takes long, if the backend waits for it.
+    pub(super) fn survey_slow_at(&self) -> Option<Now> {
+        let readership = self.delivery.readership().filter(|_| self.delivery.is_up())?;
+        readership.slow_at(self.duty.connection()?.slow_after()?)
+    }
+
+    /// Says it, if it is time. Returns whether it was.
+    pub(super) fn says_that_survey_is_slow(&mut self, now: Now) -> bool {
+        if self.survey_slow_at().is_none_or(|at| now < at) {
+            return false;
+        }
+        let failure = Failure::of(
+            Trouble::TimedOut,
+            "it answers, but has not told of consumer groups within twice its timeouts",
+        );
+        if let Some(readership) = self.delivery.readership_mut() {
+            readership.is_slow(failure);
+        }
+        self.books.change(now);
+        true
+    }
+
     /// Processes the answers of a survey.
     pub(super) fn take_survey(&mut self, number: u64, found: Vec<Surveyed>, now: Now) {
         let last = self.delivery.number();
@@ -111,6 +134,9 @@ impl Backend {
         let Some(left_out) = readership.surveyed(number, &found, last, now) else {
             return;
         };
+        if self.delivery.has_answered() {
+            self.note_recovery(now);
+        }
         if self.delivery.trouble() != before.as_ref() {
             self.books.change(now);
         }

@@ -89,6 +89,40 @@ fn a_late_answer_to_a_survey_is_ignored() {
     assert_eq!(r.room("own"), 99);
 }
 
+/// Each survey takes two minutes, and the server begins with one when it has answered the one before.
+#[test]
+fn a_server_that_answers_slowly_is_understood_in_the_end() {
+    let mut r = readership(100);
+    let takes = 120 * S;
+    let (mut begun, mut answered_at) = (Vec::new(), Vec::new());
+    let mut second = 1;
+    let known = loop {
+        assert!(second < 3_600, "asked {} times in vain", begun.len());
+        let now = second * S;
+        let is_due = r.due_at(Interest::Nobody).is_some_and(|at| at <= now);
+        if is_due {
+            let (number, _) = r.ask(now, Some(1), true, Interest::Nobody);
+            begun.push(number);
+            let free = answered_at.last().copied().unwrap_or(now).max(now);
+            answered_at.push(free + takes);
+        }
+        let heard = begun.iter().zip(&answered_at).find(|(_, at)| **at == now);
+        if let Some((number, _)) = heard
+            && r.surveyed(*number, &[found("own", 1, Vec::new())], 1, now).is_some()
+        {
+            break begun.len();
+        }
+        second += 1;
+    };
+    assert!(known <= 4, "{known} surveys");
+    assert_eq!(r.room("own"), 99);
+    // The next one is expected as soon as any other.
+    r.sent(&"own".into(), 1);
+    let now = (second + 2) * S;
+    r.ask(now, Some(1), true, Interest::Nobody);
+    assert_eq!(r.due_at(Interest::Nobody), Some(now + PATIENCE));
+}
+
 #[test]
 fn an_unknown_stream_has_little_room_until_it_is_surveyed() {
     let mut r = readership(100);
