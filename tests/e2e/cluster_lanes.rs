@@ -1,5 +1,5 @@
-//! A backend of a cluster has lanes for 64 hash slots. One with nothing to do is given up for another hash slot, and goes
-//! on when an event for it comes. Every guarantee holds meanwhile.
+//! A backend of a cluster has lanes for 64 hash slots. One with nothing to do is given up for another hash slot, and
+//! goes on when an event for it comes. Every guarantee holds meanwhile.
 
 use kit::{
     Bystander, Cluster, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Stack, UNTRIMMED, eventually, ids, publish_many,

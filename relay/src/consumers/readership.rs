@@ -28,8 +28,8 @@ pub enum Interest {
     View,
 }
 
-/// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.) The
-/// next one has twice as long, because Redis may only be slow.
+/// A survey that is not answered for this long counts as dropped. (A Redis that does not answer ends the connection.)
+/// The next one has twice as long, because Redis may only be slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 const MOST_PATIENCE: Duration = Duration::from_secs(24 * 3_600);
 

@@ -1,5 +1,5 @@
-//! Lanes of a cluster that are given up, so that other hash slots can have one. When an event for its hash slot comes, a
-//! former lane goes on. Its cursor is kept until then.
+//! Lanes of a cluster that are given up, so that other hash slots can have one. When an event for its hash slot comes,
+//! a former lane goes on. Its cursor is kept until then.
 
 use crate::delivery::Delivery;
 use crate::delivery::state::ConnectionState;
