@@ -6,7 +6,7 @@ alter table outbox.installation add primary key (id);
 create function outbox.is_applied() returns boolean
     language c volatile
     as 'MODULE_PATHNAME', 'is_applied_wrapper';
-comment on function outbox.is_applied() is 'Whether this process applies rows of another server for a subscription.';
+comment on function outbox.is_applied() is 'For triggers: whether this process applies their rows for a subscription. False for what triggers of other tables do there.';
 
 create table outbox.held_events (
     like outbox.events,

@@ -9,7 +9,7 @@ use crate::publish::destinations::Destination;
 use crate::publish::repeated_id::id_index;
 use crate::server::error::raise;
 use crate::server::report;
-use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::trigger_call::{When, depth, expect_trigger};
 use crate::tables::catalog::{self, Relations};
 use crate::tables::missing::Index;
 use crate::tables::row::{Row, attribute};
@@ -75,12 +75,6 @@ pub(super) unsafe fn expect_trigger_on(relation: pg_sys::Relation) {
             .set_hint("The worker repairs it. If it cannot, the server's log has the reason."),
         );
     }
-}
-
-/// How many triggers are running, including the one that calls this.
-fn depth() -> i32 {
-    // SAFETY: a plain call.
-    unsafe { pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]) }.unwrap_or_default()
 }
 
 /// Inserts the further rows of events whose first row was inserted earlier, by the statement whose trigger calls this.

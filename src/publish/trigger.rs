@@ -44,7 +44,7 @@ extern "C-unwind" fn complete_event(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys:
                 false => EventTable::Events,
             };
             // A subscription's row is held unchanged, and a row that is put back was checked before.
-            if (table == EventTable::Scheduled && applied::is_worker()) || applied::puts_back() {
+            if (table == EventTable::Scheduled && applied::is_applied_here()) || applied::puts_back() {
                 (*fcinfo).isnull = false;
                 return pg_sys::Datum::from(trigger.tg_trigtuple);
             }

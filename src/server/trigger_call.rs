@@ -14,6 +14,12 @@ pub(crate) enum When {
     AfterStatement,
 }
 
+/// How many triggers are running, including the one that calls this. A trigger's WHEN is not counted yet.
+pub(crate) fn depth() -> i32 {
+    // SAFETY: a plain call.
+    unsafe { pgrx::direct_function_call::<i32>(pg_sys::pg_trigger_depth, &[]) }.unwrap_or_default()
+}
+
 /// The new row of a trigger before each row, and the old row that an update replaces.
 pub(crate) fn new_and_old(trigger: &pg_sys::TriggerData) -> (pg_sys::HeapTuple, Option<pg_sys::HeapTuple>) {
     match trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE {

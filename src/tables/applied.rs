@@ -4,7 +4,7 @@
 use crate::server::guc::LogLevel;
 use crate::server::process::log;
 use crate::server::scoped;
-use crate::server::trigger_call::{When, expect_trigger};
+use crate::server::trigger_call::{When, depth, expect_trigger};
 use crate::tables::catalog;
 use crate::tables::sql;
 use pgrx::{pg_extern, pg_sys};
@@ -15,11 +15,12 @@ thread_local! {
     static PUTS_BACK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this process applies changes or copies a table for a subscription, and is not putting back rows of this
-/// server.
-pub(crate) fn is_worker() -> bool {
+/// Whether a trigger of ours, which asks this, was called for a row that this process applies or copies for a
+/// subscription. What triggers of users' tables do in such a process, one level deeper, is done by this server, as are
+/// rows that it puts back.
+pub(crate) fn is_applied_here() -> bool {
     // SAFETY: a plain read.
-    unsafe { pg_sys::IsLogicalWorker() && !puts_back() }
+    unsafe { pg_sys::IsLogicalWorker() && !puts_back() && depth() <= 1 }
 }
 
 /// Whether rows are inserted unchanged.
@@ -36,7 +37,7 @@ fn put_back(statement: &str) {
 /// `outbox.is_applied()`
 #[pg_extern(sql = false)]
 fn is_applied() -> bool {
-    is_worker()
+    is_applied_here()
 }
 
 /// Publications that contain tables which must not leave this server, such as the destinations of backends and the
@@ -93,7 +94,7 @@ fn leave_local(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
         let trigger = expect_trigger(fcinfo, "leave_local", When::BeforeRow, relations.tables());
         (*fcinfo).isnull = false;
         let is_update = trigger.tg_event & pg_sys::TRIGGER_EVENT_OPMASK == pg_sys::TRIGGER_EVENT_UPDATE;
-        match (is_worker(), is_update) {
+        match (is_applied_here(), is_update) {
             // A row from a subscription is left out.
             (true, _) => pg_sys::Datum::from(0),
             (false, true) => pg_sys::Datum::from(trigger.tg_newtuple),

@@ -140,6 +140,7 @@ mod smoke;
 mod standby;
 mod storms;
 mod stream_templates;
+mod subscribed_tables;
 mod switchover;
 mod take_over;
 mod test_backend;
