@@ -260,6 +260,18 @@ fn a_take_over_concerns_former_lanes_too() {
     let is_former = |stream: &&String| former.contains(&i32::from(cluster.slot_of(stream)));
     let former: Vec<&String> = streams.iter().filter(is_former).collect();
     assert_eq!(former.len(), 6);
+    for stream in &former {
+        let guard: String = stack
+            .pg
+            .client()
+            .query_one("select outbox.guard_key('default', $1)", &[stream])
+            .expect("a key")
+            .get(0);
+        let released = || cluster.call(stream, &["HGET", &guard, "released"]);
+        wait_until("its guard to be released", || {
+            released() == ::redis::Value::BulkString(b"1".to_vec())
+        });
+    }
     for node in &cluster.nodes {
         node.call(&["FLUSHALL"]);
     }
