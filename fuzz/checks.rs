@@ -11,9 +11,10 @@ use relay::consumers::readership::Question;
 use relay::event::wanted::{Purpose, Wanted};
 use relay::failure::{self, Class};
 use relay::guard::Guard;
-use relay::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
+use relay::redis::answers::{is_replica, primary_in, redirect_in};
 use relay::redis::destination::Address;
 use relay::redis::hash_slot::{HASH_SLOTS, hash_slot_of, tag_of};
+use relay::redis::ranges::Ranges;
 use relay::redis::replicas::Replicas;
 use relay::resp::bounds::Bounds;
 use relay::resp::read::{Inbox, Piece, Reply};
@@ -25,8 +26,9 @@ use relay::sender::tails::Search;
 use std::sync::Arc;
 
 /// Of each kind some.
-const BOUNDS: [Bounds; 5] = [
+const BOUNDS: [Bounds; 6] = [
     Bounds::SLOTS,
+    Bounds::HELLO,
     Bounds::executed(2),
     Bounds::TOKEN,
     Bounds::XADD,
@@ -328,25 +330,37 @@ pub(crate) fn nodes(input: &[u8]) {
         assert!(is_address(&address), "{address:?}");
     }
     let asked = Address::of_node("asked:7000").expect("an address");
-    for bounds in [Bounds::SLOTS, Bounds::HELLO, Bounds::MASTER] {
+    let mut inbox = Inbox::default();
+    inbox.receive(input);
+    let mut ranges = Ranges::of(&asked);
+    'answer: while let Ok(Some(taken)) = inbox.take(&Bounds::SLOTS) {
+        for piece in inbox.reply(taken).pieces() {
+            let master = match ranges.take(piece) {
+                Ok(range) => range.map(|range| range.master),
+                Err(failure) => Some(Err(failure)),
+            };
+            match master {
+                Some(Ok(master)) => assert!(is_address(&master), "{master:?}"),
+                Some(Err(failure)) => {
+                    assert_ne!(failure.class, Class::Event);
+                    break 'answer;
+                }
+                None => {}
+            }
+            if ranges.is_over() {
+                break 'answer;
+            }
+        }
+    }
+    for bounds in [Bounds::HELLO, Bounds::MASTER] {
         let mut inbox = Inbox::default();
         inbox.receive(input);
         let Ok(Some(taken)) = inbox.take(&bounds) else {
             continue;
         };
-        let reply = inbox.reply(taken);
-        match ranges_in(reply, &asked) {
-            Ok(ranges) => {
-                for range in ranges.flatten() {
-                    match range.master {
-                        Ok(master) => assert!(is_address(&master), "{master:?}"),
-                        Err(failure) => assert_ne!(failure.class, Class::Event),
-                    }
-                }
-            }
-            Err(failure) => assert_ne!(failure.class, Class::Event),
-        }
-        let Ok(value) = reply.value() else { continue };
+        let Ok(value) = inbox.reply(taken).value() else {
+            continue;
+        };
         is_replica(&value);
         match primary_in(value) {
             Ok(address) => assert!(address.is_none_or(|address| is_address(&address))),

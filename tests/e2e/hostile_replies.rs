@@ -229,3 +229,41 @@ fn the_worker_survives_all_answers_and_events_wait() {
     bystander.stop(&stack).assert_harmless("5 servers with random answers");
     assert_eq!(standing(&stack.pg, "default").published, published as i64 + 1);
 }
+
+/// A cluster's backend has 64 lanes, each of which asks where its hash slot is and for its guard. An answer is as long as
+/// it may be, and does not end.
+#[test]
+fn long_answers_to_all_lanes_of_a_cluster_take_little_memory() {
+    let stack = Stack::of(
+        Postgres::with(QUICK).with(&[("outbox_relay.redis_socket_timeout", "2s")]),
+        Redis::start(),
+    );
+    let range = |last: u16, port: u16| format!("*3\r\n:0\r\n:{last}\r\n*2\r\n$9\r\n127.0.0.1\r\n:{port}\r\n");
+    let ranges = format!("*20000\r\n{}", range(0, 7).repeat(19_999));
+    let guard = format!("*32\r\n$5\r\ntoken\r\n$260000\r\n{}", "x".repeat(259_000));
+    for (command, answer) in [("CLUSTER", ranges), ("HGETALL", guard)] {
+        let name = command.to_lowercase();
+        let liar = Liar::honest();
+        let all = format!("*1\r\n{}", range(16_383, liar.port()));
+        liar.lie(move |words| match words[0].as_str() {
+            asked if asked == command => Lie::say(&answer),
+            "CLUSTER" => Lie::say(&all),
+            _ => None,
+        });
+        stack.pg.exec(&format!(
+            "insert into outbox.backends (name, mode, nodes) values ('{name}', 'cluster', '{{127.0.0.1:{}}}')",
+            liar.port()
+        ));
+        let bystander = Bystander::start(&stack);
+        stack.pg.exec(&format!(
+            "select outbox.publish_event('t', 'kit', backend => '{name}', stream => 's' || n) from generate_series(1, 64) n"
+        ));
+        wait_until("all lanes to ask twice", || liar.asked(command) >= 128);
+        stack.pg.exec(&format!(
+            "update outbox.backends set enabled = false where name = '{name}'"
+        ));
+        bystander
+            .stop(&stack)
+            .assert_harmless(&format!("long answers to {command} of 64 lanes"));
+    }
+}

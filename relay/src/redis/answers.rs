@@ -1,8 +1,7 @@
 //! Parses what sentinels and the nodes of a cluster answer. Any bytes give either an address or an error.
 
-use crate::failure::{Failure, Trouble};
+use crate::failure::Failure;
 use crate::redis::destination::Address;
-use crate::resp::read::Reply;
 use redis::Value;
 
 /// The reply to SENTINEL GET-MASTER-ADDR-BY-NAME; `None`: the sentinel knows no master of that name.
@@ -11,7 +10,7 @@ pub fn primary_in(reply: Value) -> Result<Option<Address>, Failure> {
         Value::Nil => Ok(None),
         Value::Array(parts) => match parts.as_slice() {
             [Value::BulkString(host), Value::BulkString(port)] => {
-                let host = host_in(host)?;
+                let host = host_in(host, host.len() as u64)?;
                 let port = std::str::from_utf8(port).ok().and_then(|port| port.parse().ok());
                 let port = port.filter(|port| *port > 0).ok_or_else(no_sentinel)?;
                 Ok(Some(Address::Tcp { host, port }))
@@ -26,14 +25,14 @@ fn no_sentinel() -> Failure {
     Failure::configuration("unexpected reply: the server is not a sentinel")
 }
 
-/// The name or address of a host, as a server reports it. If it is anything else, the relay neither connects to it nor
-/// shows it as an address.
-fn host_in(told: &[u8]) -> Result<String, Failure> {
-    let host = std::str::from_utf8(told).ok().filter(|host| is_host(host));
+/// The name or address of a host, as a server reports it with `size` bytes, of which the first were `told`. If it is
+/// anything else, the relay neither connects to it nor shows it as an address.
+pub(super) fn host_in(told: &[u8], size: u64) -> Result<String, Failure> {
+    let is_whole = told.len() as u64 == size;
+    let host = std::str::from_utf8(told).ok().filter(|host| is_whole && is_host(host));
     host.map(str::to_owned).ok_or_else(|| {
         let shown: String = String::from_utf8_lossy(&told[..told.len().min(60)]).into_owned();
         let cut = if told.len() > 60 { "..." } else { "" };
-        let size = told.len();
         Failure::configuration(format!("it names an invalid host: \"{shown}{cut}\" ({size} bytes)"))
     })
 }
@@ -61,49 +60,6 @@ pub fn redirect_in(message: &str) -> Option<(u16, Address)> {
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let port = port.parse().ok().filter(|port| *port > 0)?;
     is_host(&host).then_some((slot, Address::Tcp { host, port }))
-}
-
-/// Hash slots that one master serves.
-pub struct Range {
-    pub hash_slots: std::ops::RangeInclusive<u16>,
-    /// An error: what the server reports is not an address.
-    pub master: Result<Address, Failure>,
-}
-
-/// The ranges in the reply to CLUSTER SLOTS, each `[first, last, [host, port, ...] of the master, ...]`. An empty host
-/// means the node that was asked.
-pub fn ranges_in<'a>(
-    reply: Reply<'a>,
-    asked: &'a Address,
-) -> Result<impl Iterator<Item = Result<Range, Failure>> + 'a, Failure> {
-    let ranges = reply.items().ok_or_else(no_cluster)?;
-    Ok(ranges.map(|range| range_in(range, asked).unwrap_or_else(|| Err(no_cluster()))))
-}
-
-fn no_cluster() -> Failure {
-    Failure::of(
-        Trouble::NodeRefuses,
-        "unexpected reply: the server is not a node of a cluster",
-    )
-}
-
-fn range_in(range: Reply<'_>, asked: &Address) -> Option<Result<Range, Failure>> {
-    let mut parts = range.items()?;
-    let mut number = || u16::try_from(parts.next()?.number()?).ok();
-    let hash_slots = number()?..=number()?;
-    let mut master = parts.next()?.items()?;
-    let (host, port) = (master.next()?, master.next()?.number()?);
-    let port = u16::try_from(port).ok()?;
-    let host = match host.string() {
-        None if host.is_nil() => b"",
-        host => host?,
-    };
-    let host = match (host, asked) {
-        (b"" | b"?", Address::Tcp { host, .. }) => Ok(host.clone()),
-        (host, _) => host_in(host),
-    };
-    let master = host.map(|host| Address::Tcp { host, port });
-    Some(Ok(Range { hash_slots, master }))
 }
 
 #[cfg(test)]
@@ -137,45 +93,6 @@ mod tests {
         assert!(!is_replica(&Value::Nil) && !is_replica(&Value::Array(vec![text("role")])));
     }
 
-    fn ranges(reply: &[u8]) -> Result<Vec<Range>, Failure> {
-        let asked = Address::of_node("here:7").unwrap();
-        ranges_in(Reply::new(reply), &asked)?.collect()
-    }
-
-    #[test]
-    fn ranges_have_masters_whose_host_may_be_the_one_asked() {
-        let range = |first: i64, last: i64, host: &str, port: i64| {
-            let replica = "*2\r\n$8\r\n10.0.0.9\r\n:1\r\n";
-            format!(
-                "*4\r\n:{first}\r\n:{last}\r\n*4\r\n{host}\r\n:{port}\r\n$2\r\nid\r\n*1\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n{replica}"
-            )
-        };
-        let reply = [
-            "*3\r\n".to_owned(),
-            range(0, 5, "$8\r\n10.0.0.1", 1),
-            range(6, 6, "$-1", 2),
-            range(7, 16_383, "$1\r\n?", 3),
-        ]
-        .concat();
-        let found = ranges(reply.as_bytes()).unwrap();
-        let found: Vec<_> = found
-            .iter()
-            .map(|r| (*r.hash_slots.end(), r.master.as_ref().unwrap().to_string()))
-            .collect();
-        let expected = [(5, "10.0.0.1:1"), (6, "here:2"), (16_383, "here:3")].map(|(end, m)| (end, m.to_owned()));
-        assert_eq!(found, expected);
-        for nonsense in [
-            "$-1\r\n".to_owned(),
-            "*1\r\n:1\r\n".to_owned(),
-            "*1\r\n*1\r\n:1\r\n".to_owned(),
-            format!("*1\r\n{}", range(-1, 5, "$1\r\na", 1)),
-            format!("*1\r\n{}", range(0, 5, "$1\r\na", 70_000)),
-            format!("*1\r\n{}", range(0, 5, ":1", 1)),
-        ] {
-            assert!(ranges(nonsense.as_bytes()).is_err(), "{nonsense:?}");
-        }
-    }
-
     /// What an address must not do to a log, a view or a terminal, and what is too long.
     #[test]
     fn an_invalid_host_is_not_an_address() {
@@ -196,9 +113,6 @@ mod tests {
             let failure = primary_in(Value::Array(vec![text(host), text("1")])).unwrap_err();
             assert!(failure.message.contains("an invalid host"), "{failure}");
             assert!(!failure.message.chars().any(char::is_control), "{failure}");
-            let reply = format!("*1\r\n*3\r\n:0\r\n:5\r\n*2\r\n${}\r\n{host}\r\n:1\r\n", host.len());
-            let found = ranges(reply.as_bytes()).unwrap();
-            assert_eq!(found[0].master.is_err(), !host.is_empty(), "{host:?}");
             assert_eq!(redirect_in(&format!("MOVED 7 {host}:1")), None, "{host:?}");
         }
         let longest = format!("{}.example", "a".repeat(245));

@@ -4,8 +4,8 @@
 //!   and certificates on disk
 //! - [`socket`] permission to connect, and the socket; [`connection`] a connection that is logged in; [`deadline`] of a
 //!   whole reply; [`tls`]
-//! - [`topology`] finds the node, [`answers`] parses the answers of sentinels and nodes; [`hash_slot`] hash slots of
-//!   Redis Cluster
+//! - [`topology`] finds the node, [`answers`] parses the answers of sentinels and nodes, [`ranges`] of hash slots;
+//!   [`hash_slot`] hash slots of Redis Cluster
 //! - [`replicas`] WAIT; [`probe`] tests whether everything works that sending needs, [`step`] by step
 
 pub mod allowed_hosts;
@@ -15,6 +15,7 @@ mod deadline;
 pub mod destination;
 pub mod hash_slot;
 pub mod probe;
+pub mod ranges;
 pub mod replicas;
 mod server_file;
 mod socket;

@@ -4,12 +4,13 @@
 //! specification.
 
 use crate::failure::{Class, Failure, Trouble};
-use crate::redis::answers::{is_replica, primary_in, ranges_in, redirect_in};
+use crate::redis::answers::{is_replica, primary_in, redirect_in};
 use crate::redis::connection::RedisConnection;
 use crate::redis::destination::{Address, Destination, NodeRoute, Secret};
+use crate::redis::ranges::{Range, Ranges};
 use crate::redis::step::{self, Step};
 use crate::resp::bounds::Bounds;
-use crate::resp::read::Reply;
+use crate::resp::read::{Piece, Reply};
 use crate::resp::write::append_command;
 use redis::Value;
 use std::collections::HashMap;
@@ -230,48 +231,59 @@ struct Told {
     masters: Vec<Address>,
 }
 
+impl Told {
+    fn hear(&mut self, range: Range, hash_slot: u16) -> Result<(), Failure> {
+        let is_asked_for = self.serves.is_none() && range.hash_slots.contains(&hash_slot);
+        match range.master {
+            Err(failure) if is_asked_for => return Err(failure),
+            // This range belongs to a hash slot that another lane serves.
+            Err(_) => {}
+            Ok(master) => {
+                if self.masters.len() < REMEMBERED_NODES && !self.masters.contains(&master) {
+                    self.masters.push(master.clone());
+                }
+                if is_asked_for {
+                    self.serves = Some(master);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 fn ranges_of(destination: &Destination, node: &Address, hash_slot: u16) -> Result<(RedisConnection, Told), Failure> {
     let mut connection = RedisConnection::open_at(destination, node)?;
     let mut told = Told {
         serves: None,
         masters: Vec::new(),
     };
-    let reply = reply_to(&mut connection, &[b"CLUSTER", b"SLOTS"], &Bounds::SLOTS)?;
-    if reply.items().is_none()
-        && let Value::ServerError(error) = reply.value()?
-    {
-        return Err(crate::failure::reply(&error).not_of_an_event());
-    }
-    for range in ranges_in(reply, node)? {
-        let range = range?;
-        let is_asked_for = told.serves.is_none() && range.hash_slots.contains(&hash_slot);
-        match range.master {
-            Err(failure) if is_asked_for => return Err(failure),
-            // This range belongs to a hash slot that another lane serves.
-            Err(_) => {}
-            Ok(master) => {
-                if told.masters.len() < REMEMBERED_NODES && !told.masters.contains(&master) {
-                    told.masters.push(master.clone());
-                }
-                if is_asked_for {
-                    told.serves = Some(master);
-                }
+    send(&mut connection, &[b"CLUSTER", b"SLOTS"])?;
+    let mut ranges = Ranges::of(node);
+    while !ranges.is_over() {
+        for piece in connection.receive(&Bounds::SLOTS)?.pieces() {
+            if let Piece::Line(line @ [b'-', ..]) = piece
+                && let Value::ServerError(error) = Reply::new(line).value()?
+            {
+                return Err(crate::failure::reply(&error).not_of_an_event());
+            }
+            if let Some(range) = ranges.take(piece)? {
+                told.hear(range, hash_slot)?;
             }
         }
     }
     Ok((connection, told))
 }
 
-fn reply_to<'a>(connection: &'a mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Reply<'a>, Failure> {
+fn send(connection: &mut RedisConnection, words: &[&[u8]]) -> Result<(), Failure> {
     let mut bytes = Vec::new();
     append_command(&mut bytes, words);
-    connection.send(&bytes)?;
-    connection.receive(bounds)
+    connection.send(&bytes)
 }
 
 /// Sends one command. An error reply is a failure of the backend, never of an event.
 pub(super) fn ask(connection: &mut RedisConnection, words: &[&[u8]], bounds: &Bounds) -> Result<Value, Failure> {
-    match reply_to(connection, words, bounds)?.value()? {
+    send(connection, words)?;
+    match connection.receive(bounds)?.value()? {
         Value::ServerError(error) => Err(crate::failure::reply(&error).not_of_an_event()),
         value => Ok(value),
     }

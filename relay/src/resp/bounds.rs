@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How long a line may be, in any reply. Redis's errors have some hundred bytes.
 pub const MAX_LINE: usize = 16 * 1024;
-/// In pieces, this many bytes of a string are kept. What a search needs is shorter, or at the beginning.
-pub const KEPT_STRING: usize = 128;
+/// In pieces, this many bytes of a string are kept. Names of hosts and groups, and what a search needs, are shorter, or
+/// at the beginning.
+pub const KEPT_STRING: usize = 256;
 
 const LEAST_GUARD_BYTES: usize = 256 * 1024;
 static GUARD_BYTES: AtomicUsize = AtomicUsize::new(0);
@@ -62,8 +63,11 @@ impl Bounds {
     /// It lists modules, each with its arguments.
     pub const HELLO: Self = Self::new("HELLO", 64 * 1024, 2_048, 6);
     pub const MASTER: Self = Self::new("SENTINEL GET-MASTER-ADDR-BY-NAME", MAX_LINE + 64, 2, 1);
-    /// A range of slots with a master and two replicas has 200 to 300 bytes.
-    pub const SLOTS: Self = Self::new("CLUSTER SLOTS", 1024 * 1024, 256 * 1024, 6);
+    /// A range of slots with a master and four replicas has 500 to 700 bytes, and each slot may be a range.
+    pub const SLOTS: Self = Self {
+        in_pieces: true,
+        ..Self::new("CLUSTER SLOTS", 16 * 1024 * 1024, 2 * 1024 * 1024, 6)
+    };
     pub const ENTRIES: Self = Self::pieces("XREVRANGE");
     pub const INFO: Self = Self::pieces("XINFO STREAM");
     pub const GROUPS: Self = Self::pieces("XINFO GROUPS");

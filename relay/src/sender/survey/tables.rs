@@ -2,39 +2,11 @@
 //! unknown so far.
 
 use crate::consumers::group::{EntryId, Group, GroupName, MOST_GROUPS};
+use crate::resp::place::Place;
 use crate::resp::read::{Piece, Reply};
 
-/// The place of the next piece in nested arrays.
-struct Place {
-    /// How many items are missing in each open array, outermost first.
-    open: Vec<u64>,
-}
-
-impl Place {
-    fn of(items: u64) -> Self {
-        Self { open: vec![items] }
-    }
-
-    fn depth(&self) -> usize {
-        self.open.len()
-    }
-
-    /// Moves past a piece. Returns whether the outermost array has ended.
-    fn pass(&mut self, piece: Piece<'_>) -> bool {
-        if let Piece::Array(items @ 1..) = piece {
-            self.open.push(items);
-            return false;
-        }
-        while let Some(missing) = self.open.last_mut() {
-            *missing -= 1;
-            if *missing > 0 {
-                return false;
-            }
-            self.open.pop();
-        }
-        true
-    }
-}
+/// Groups with longer names are not examined.
+const LONGEST_NAME: usize = 128;
 
 /// The rows of an array, each with pairs of a field and its value.
 struct Rows {
@@ -154,7 +126,7 @@ impl Found {
         match field {
             b"name" => {
                 if let Piece::String { size, text, .. } = piece {
-                    group.name = match text {
+                    group.name = match text.filter(|name| name.len() <= LONGEST_NAME) {
                         Some(name) => GroupName::Known(name.to_vec()),
                         None => GroupName::TooLong(size),
                     };
