@@ -230,8 +230,8 @@ fn the_worker_survives_all_answers_and_events_wait() {
     assert_eq!(standing(&stack.pg, "default").published, published as i64 + 1);
 }
 
-/// A cluster's backend has 64 lanes, each of which asks where its hash slot is and for its guard. An answer is as long as
-/// it may be, and does not end.
+/// A cluster's backend has 64 lanes, each of which asks where its hash slot is and for its guard. An answer is as long
+/// as it may be, and does not end.
 #[test]
 fn long_answers_to_all_lanes_of_a_cluster_take_little_memory() {
     let stack = Stack::of(

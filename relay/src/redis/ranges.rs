@@ -17,8 +17,8 @@ pub struct Range {
     pub master: Result<Address, Failure>,
 }
 
-/// An answer that is being read: ranges, each `[first, last, [host, port, ...] of the master, ...]`. An empty host means
-/// the node that was asked.
+/// An answer that is being read: ranges, each `[first, last, [host, port, ...] of the master, ...]`. An empty host
+/// means the node that was asked.
 pub struct Ranges<'a> {
     asked: &'a Address,
     /// `None`: nothing was read so far.
