@@ -38,8 +38,9 @@ comment on table outbox.cursors is 'How far each backend has come, or in a clust
 
 create table outbox.former_lanes (
     like outbox.cursors,
-    -- An administrator has told the backend to take over since.
-    takes_over        boolean not null default false,
+    -- Set if an administrator has told the backend to take over since, and this lane has not done that yet. As in
+    -- outbox.take_overs.
+    take_over_of      text,
     primary key (backend_number, slot)
 );
 comment on table outbox.former_lanes is 'Where lanes of a cluster''s backend stood that were given up because other hash slots needed one. A lane goes on from there when the next event for its hash slot comes.';

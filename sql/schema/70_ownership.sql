@@ -242,6 +242,10 @@ begin
             batch_number = 0, epoch = 0, saved_at = clock_timestamp(), state = 'idle', events_per_second = 0,
             last_error = null, last_hint = null, last_error_at = null, next_attempt_at = null, address = null
         where exists (select from outbox.backends b where b.number = c.backend_number);
+    update outbox.former_lanes c
+        set from_snapshot = format('%s:%s:', made_in, made_in)::pg_snapshot, from_next_xid = made_in, from_low_seq = low, from_high_seq = low,
+            to_snapshot = null, to_next_xid = null, to_low_seq = null, to_high_seq = null, last_seq = 0,
+            batch_number = 0, epoch = 0, last_error = null, last_hint = null, last_error_at = null, address = null, take_over_of = null;
     update outbox.installation set id = gen_random_uuid(), database = here;
     return true;
 end

@@ -25,8 +25,8 @@ pub(crate) struct BackendRow {
     pub withheld: Withheld,
     /// A role that may not read the server's files has set where or how the backend connects.
     is_unconfirmed: bool,
-    /// Somebody has called `outbox.take_over()` for the backend on this server.
-    pub take_over: bool,
+    /// When somebody has called `outbox.take_over()` for the backend on this server, in microseconds since 1970.
+    pub take_over: Option<i64>,
     /// Rows of `outbox.restores` whose events have to be looked for in the streams.
     pub restores: Vec<i64>,
     /// The latest transaction whose restored events have been looked for. 0: there was none.
@@ -107,7 +107,7 @@ impl BackendRow {
                 common_file: row.value("is_common_file_withheld").unwrap_or_default(),
             },
             is_unconfirmed: row.value("is_destination_unconfirmed").unwrap_or_default(),
-            take_over: row.value("is_asked_to_take_over").unwrap_or_default(),
+            take_over: row.value("asked_to_take_over_us"),
             restores: row.value("restores_to_compare").unwrap_or_default(),
             last_restore: parsed(row.text("last_compared_restore")).unwrap_or_default(),
             original: row.text("original").map(|words| Original {
@@ -153,8 +153,8 @@ pub(crate) fn all(seen: &Snapshot) -> Vec<BackendRow> {
             coalesce((m.destination ->> 'tls')::boolean and (b.tls, b.tls_insecure, b.tls_ca_file)
                 is distinct from (true, (m.destination ->> 'tls_insecure')::boolean, m.destination ->> 'tls_ca_file'), false)
                 as is_common_file_withheld,
-            exists (select from outbox.take_overs t where t.backend_number = b.number and t.asked_of = $here)
-                as is_asked_to_take_over,
+            (select (extract(epoch from t.asked_at) * 1000000)::bigint from outbox.take_overs t
+                where t.backend_number = b.number and t.asked_of = $here) as asked_to_take_over_us,
             array(select r.number from outbox.restores r
                 where r.backend_number = b.number and not r.is_looked_for and pg_visible_in_snapshot(r.xid, $seen::pg_snapshot)
                 order by r.number limit $restores) as restores_to_compare,
@@ -326,11 +326,12 @@ pub(crate) fn options(number: i32, name: &str) -> Option<Options> {
     .pop()
 }
 
-/// Deletes the order to take over a backend, after it was carried out.
-pub(crate) fn forget_take_over(number: i32) {
+/// Deletes the order to take over a backend, after it was carried out. A later order stays.
+pub(crate) fn forget_take_over(number: i32, asked_us: i64) {
     run(
-        "delete from outbox.take_overs where backend_number = $1",
-        &[number.into()],
+        "delete from outbox.take_overs t
+        where t.backend_number = $1 and (extract(epoch from t.asked_at) * 1000000)::bigint = $2",
+        &[number.into(), asked_us.into()],
     );
 }
 

@@ -12,9 +12,9 @@ use crate::tables::numbers;
 use crate::tables::replays::Replays;
 use crate::tables::row::{Row, attribute};
 use crate::tables::ticks;
-use crate::tables::{backends, former_lanes, refused, restores, retention};
-use crate::worker::backend::Backend;
+use crate::tables::{refused, restores, retention};
 use crate::worker::backend::saving::save;
+use crate::worker::backend::{Backend, taking_over};
 use relay::delivery::refusal::Record;
 use relay::delivery::{Cursor, Delivery};
 use relay::event::wanted::{Purpose, Wanted};
@@ -218,7 +218,7 @@ impl Books for BackendBooks<'_> {
     }
 
     fn has_taken_over(&mut self) -> Result<(), Aborted> {
-        forget_take_over(self.backend)
+        self.backend.has_taken_over()
     }
 
     fn order(&mut self, order: Order) {
@@ -317,22 +317,6 @@ fn is_comparable(row: &Row) -> bool {
     !care::is_careful() || care::tried(|| row.text(attribute::STREAM).map(|_| ())).is_ok()
 }
 
-fn forget_take_over(backend: &mut Backend) -> Result<(), Aborted> {
-    let number = backend.number;
-    if !backend.is_told_to_take_over() {
-        return Ok(());
-    }
-    // For a lane, the request stays until all lanes have carried it out.
-    if backend.lane().is_none() {
-        process::transaction(|| {
-            backends::forget_take_over(number);
-            former_lanes::take_over(number);
-        })?;
-    }
-    backend.has_taken_over();
-    Ok(())
-}
-
 /// Completes a task that all lanes of a backend do once (a take-over, or comparing a restore) when the last lane has
 /// done it.
 pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Result<(), Aborted> {
@@ -344,19 +328,13 @@ pub(super) fn finish_lanes(backends: &mut [Backend], latest: &Arc<Tick>) -> Resu
         };
         let number = finder.number;
         let of_lanes = || backends.iter().filter(|b| b.number == number && b.lane().is_some());
-        let asks = |b: &Backend| b.row().is_some_and(|row| row.take_over);
-        let is_taken_over = row.take_over && !of_lanes().any(asks);
         // Until the finder has read that far, more lanes may have to be made.
         let has_found_all = Arc::ptr_eq(&finder.delivery.acked().from, latest);
         let is_compared = !row.restores.is_empty() && has_found_all && !of_lanes().any(Backend::is_restored);
-        if is_taken_over {
-            forget_take_over(&mut backends[index])?;
-            let its = backends.iter_mut().filter(|b| b.number == number);
-            its.for_each(Backend::may_take_over_again);
-        }
         if is_compared {
             backends[index].forget_restores()?;
         }
+        taking_over::finish_lanes(backends, index)?;
     }
     Ok(())
 }

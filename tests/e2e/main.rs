@@ -45,6 +45,7 @@ mod fencing;
 mod first_tries;
 mod floods;
 mod formats;
+mod former_lanes;
 mod guard;
 mod guest;
 mod guest_idle;

@@ -25,7 +25,6 @@ impl Backend {
 
     /// The row to apply now: without restores that wait for the next comparison.
     pub(crate) fn due_row(&mut self, row: BackendRow, now: Now) -> BackendRow {
-        self.has_taken_over &= row.take_over;
         let mut row = self.without_done(row);
         if !self.is_exactly_once() || self.lane().is_some() {
             self.restored.waits = false;
@@ -134,7 +133,7 @@ impl Backend {
     /// Loading returns them again.
     pub(super) fn without_done(&self, mut row: BackendRow) -> BackendRow {
         if self.lane().is_some() {
-            row.take_over &= !self.has_taken_over;
+            row.take_over = self.order_to_carry_out(row.take_over);
             row.restores.retain(|restore| !self.restored.compared.contains(restore));
         }
         row

@@ -23,24 +23,6 @@ impl Backend {
         self.recovery.is_due() || (self.is_told_to_take_over() && self.delivery.is_up())
     }
 
-    /// Whether `outbox.take_over()` was called for it. A paused backend is taken over when it is enabled again.
-    pub(crate) fn is_told_to_take_over(&self) -> bool {
-        self.row().is_some_and(|row| row.take_over && row.enabled)
-    }
-
-    /// It has carried out the request to take over.
-    pub(crate) fn has_taken_over(&mut self) {
-        self.has_taken_over = self.lane().is_some();
-        if let Some(row) = self.duty.row_mut() {
-            row.take_over = false;
-        }
-    }
-
-    /// All lanes have.
-    pub(crate) fn may_take_over_again(&mut self) {
-        self.has_taken_over = false;
-    }
-
     /// What to do if Redis has lost everything. (A backend whose row has no usable value never connects.)
     pub(crate) fn on_missing_guard(&self) -> OnMissing {
         let known = self.options().and_then(|options| options.on_missing_guard.clone().ok());

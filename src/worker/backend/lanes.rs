@@ -28,7 +28,7 @@ impl Backend {
     /// Makes a lane for a hash slot that has none, at the finder's position, or takes up its former one. It must be
     /// saved in the same transaction.
     pub(crate) fn new_lane(&self, hash_slot: u16, at: Position, home: &Home) -> Self {
-        let mut duty = self.duty.of_lane(hash_slot, home);
+        let duty = self.duty.of_lane(hash_slot, home);
         let (cursor, standing) = match former_lanes::take(self.number, hash_slot) {
             None => {
                 let cursor = Cursor {
@@ -38,9 +38,6 @@ impl Backend {
                 (cursor, Standing::default())
             }
             Some(former) => {
-                if let Some(row) = duty.row_mut() {
-                    row.take_over |= former.takes_over;
-                }
                 let position = numbers::vouched(&former.cursor.position).goes_on_from(at);
                 let number = former.cursor.number;
                 (Cursor { position, number }, former.standing)
@@ -68,7 +65,8 @@ impl Backend {
 
     /// Whether this lane can be given up now, or as soon as what is in flight is acknowledged.
     pub(crate) fn gives_up(&self, finder: &Self) -> GivesUp {
-        let is_busy = self.is_restored() || self.is_told_to_take_over() || !self.books.records.is_empty();
+        let takes_over = self.is_told_to_take_over() || self.taking_over.is_owed;
+        let is_busy = self.is_restored() || takes_over || !self.books.records.is_empty();
         match self.delivery.gives_up(finder.delivery.acked()) {
             _ if is_busy => GivesUp::NotYet,
             gives_up => gives_up,

@@ -9,6 +9,7 @@
 //! - [`metered`] what was counted for `outbox.metrics`, and [`metering`] it
 //! - [`surveying`] the consumer groups of its streams; [`surveyed`] what is saved of the results
 //! - [`restored`] the state of restored events, [`comparing`] them; [`logged`] what was logged, and [`logging`]
+//! - [`take_over`] what it knows of an administrator's orders, [`taking_over`] on these
 
 pub(crate) mod books;
 mod changes;
@@ -31,6 +32,8 @@ pub(crate) mod saving;
 mod settings;
 mod surveyed;
 mod surveying;
+mod take_over;
+pub(crate) mod taking_over;
 
 pub(crate) use settings::{Home, destination_to_test};
 
@@ -49,6 +52,7 @@ use crate::worker::backend::logged::Logged;
 use crate::worker::backend::metered::Metered;
 use crate::worker::backend::restored::Restored;
 use crate::worker::backend::surveyed::LastSurvey;
+use crate::worker::backend::take_over::TakingOver;
 use relay::delivery::batch::{BuiltBatch, OpenBatch};
 use relay::delivery::refusal::Streams;
 use relay::delivery::{Cursor, Delivery, Guarantee};
@@ -89,8 +93,7 @@ pub(crate) struct Backend {
     /// It reads nothing before this time, because it met a row that it cannot deliver yet.
     pub rests_until: Now,
     restored: Restored,
-    /// This lane has carried out a request to take over that other lanes have not carried out yet.
-    has_taken_over: bool,
+    taking_over: TakingOver,
     logged: Logged,
     entries: Entries,
     pub metered: Metered,
@@ -189,7 +192,7 @@ impl Backend {
             before_own: None,
             rests_until: Now::ZERO,
             restored: Restored::default(),
-            has_taken_over: false,
+            taking_over: TakingOver::of(number, lane),
             logged: Logged::default(),
             entries,
             metered: Metered::default(),
