@@ -34,6 +34,10 @@ impl Worker {
         let mut lanes: Vec<usize> = (0..self.backends.len())
             .filter(|i| is_its(&self.backends[*i]))
             .collect();
+        let has_lane = |index: &usize| self.backends[*index].lane() == Some(found.hash_slot);
+        if lanes.iter().any(has_lane) {
+            return Ok(());
+        }
         let mut former = None;
         if lanes.len() >= MOST_LANES {
             lanes.sort_unstable_by_key(|index| self.backends[*index].moved_at());

@@ -199,6 +199,33 @@ fn hash_slots_whose_lanes_all_wait_are_an_error_that_loses_nothing() {
     wait_eq("its state", "idle".to_string(), || standing(&stack.pg, "default").state);
 }
 
+#[test]
+fn what_a_former_lane_has_counted_is_counted_once() {
+    let cluster = Cluster::start(0);
+    let stack = stack(&cluster);
+    let streams = streams(&cluster, MOST_LANES + 1);
+    let (bad, others) = streams.split_first().expect("streams");
+    cluster.call(bad, &["SET", bad, "a string"]);
+    let publish_bad = format!("select outbox.publish_event('event', 'kit', stream => '{bad}', max_retries => 1)");
+    stack.pg.exec(&publish_bad);
+    let metric = |name: &str| -> f64 {
+        let value = "select value from outbox.metrics where name = $1 and labels->>'backend' = 'default'";
+        stack.pg.client().query_one(value, &[&name]).expect("a value").get(0)
+    };
+    wait_eq("failed events", 1, || standing(&stack.pg, "default").failed);
+    publish_to_all(&stack, others);
+    wait_all(&cluster, others, 1);
+    wait_eq("lanes", (64, 1), || lanes(&stack));
+    cluster.call(bad, &["DEL", bad]);
+    stack.pg.exec(&publish_bad);
+    cluster.wait_entries(bad, 1);
+    wait_drained(&stack.pg, "default");
+    let found = standing(&stack.pg, "default");
+    assert_eq!((found.published, found.failed), (65, 1));
+    assert_eq!(metric("outbox_relay_failed_total"), 1.0);
+    assert_eq!(metric("outbox_relay_published_total"), 65.0);
+}
+
 /// What a Redis has lost of a former lane is appended again with the next event.
 #[test]
 fn a_former_lane_heals() {

@@ -31,9 +31,10 @@ impl Backend {
         self.metered.meter = None;
     }
 
-    /// A lane uses the meter of its finder.
+    /// A lane uses the meter of its finder. What a former lane had saved is counted there.
     pub(super) fn share_meter(&mut self, finder: &Self) {
         self.metered.meter = finder.metered.meter;
+        self.metered.failed = self.books.standing.failed_total;
     }
 
     fn count(&self, counter: fn(&Meter) -> &AtomicU64, count: usize) {
