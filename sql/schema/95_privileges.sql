@@ -36,8 +36,9 @@ begin
         union all
         select 'routine', p.oid::regprocedure::text from pg_proc p where p.pronamespace = 'outbox'::regnamespace
         union all
+        -- Also the types of rows: a table with a column of such a type would stop each ALTER that rewrites our table.
         select 'type', t.oid::regtype::text from pg_type t
-            where t.typnamespace = 'outbox'::regnamespace and t.typtype in ('b', 'd') and t.typcategory <> 'A'
+            where t.typnamespace = 'outbox'::regnamespace and t.typtype in ('b', 'c', 'd') and t.typcategory <> 'A'
     ) o;
 end
 $$;

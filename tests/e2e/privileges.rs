@@ -342,3 +342,31 @@ fn only_a_role_that_may_read_server_files_may_name_them() {
         .batch_execute("update outbox.backends set password_file = '/etc/hostname'")
         .unwrap();
 }
+
+/// A table with a column of our tables' types would stop every ALTER of these tables that rewrites them, as an update
+/// of the extension may.
+#[test]
+fn nobody_builds_a_table_of_our_rows() {
+    let stack = start();
+    stack
+        .pg
+        .exec("select outbox.grant_publisher('publisher'); grant create on schema public to public");
+    let relations = "select string_agg(oid::regclass::text, ' ') from pg_class where relnamespace = 'outbox'::regnamespace and relkind in ('r', 'v')";
+    let relations: String = stack.pg.one(relations);
+    for role in ["publisher", "monitor"] {
+        let mut client = stack.pg.client_as(role, "postgres");
+        for relation in relations.split(' ') {
+            let refused = Refused::of(client.batch_execute(&format!("create table theirs (its {relation})")));
+            let expected = ("42501", format!("permission denied for type {relation}"));
+            assert_eq!((refused.code.as_str(), refused.message), expected, "{role}");
+        }
+        assert_denied(
+            &mut client,
+            "create table theirs as select null::outbox.events as its",
+            "type outbox.events",
+        );
+    }
+    stack.pg.exec(
+        "alter table outbox.events add note double precision not null default random(); drop extension outbox_relay",
+    );
+}
