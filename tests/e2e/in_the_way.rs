@@ -228,3 +228,31 @@ fn a_backend_that_cannot_be_saved_keeps_no_other_from_being_saved() {
     assert_eq!(ids(&stack.events()), published);
     assert_eq!(stack.pg.log().matches("this one is closed").count(), 1);
 }
+
+/// A role without any rights can take all locks that the server has room for. Until it ends, nobody can begin a
+/// session, write, or lock a table in a strong mode.
+#[test]
+fn a_role_that_takes_all_locks_of_the_server_costs_neither_the_worker_nor_an_event() {
+    let few = [("max_locks_per_transaction", "10"), ("max_connections", "20")];
+    let stack = Stack::with(&[QUICK, &few].concat());
+    stack.pg.exec("create role nobody login");
+    let worker = stack.pg.wait_worker("postgres");
+    let mut publisher = stack.pg.client();
+    let mut published = publish_many(&mut publisher, "default", "", "before", 3);
+    let mut nobody = stack.pg.client_as("nobody", "postgres");
+    nobody.batch_execute("begin").expect("begun");
+    let take_all = "do $$ declare i integer := 0; begin loop i := i + 1;
+        begin perform pg_advisory_xact_lock(i); exception when out_of_memory then return; end; end loop; end $$";
+    nobody.batch_execute(take_all).expect("taken");
+    let refused = publisher.batch_execute("select outbox.publish_event('t', 's')");
+    assert_eq!(kit::Refused::of(refused).code, "53200");
+    // Meanwhile the worker cannot save, purge or load.
+    stack.redis.call(&["CLIENT", "KILL", "TYPE", "normal"]);
+    std::thread::sleep(Duration::from_secs(2));
+    nobody.batch_execute("rollback").expect("an end");
+    published.extend(publish_many(&mut publisher, "default", "", "after", 3));
+    stack.wait_events(published.len());
+    wait_drained(&stack.pg, "default");
+    assert_eq!(ids(&stack.events()), published);
+    assert_eq!(stack.pg.worker_pid("postgres"), Some(worker));
+}

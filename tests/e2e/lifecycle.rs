@@ -404,3 +404,68 @@ fn what_was_seen_of_a_dropped_extension_is_not_written_in_the_next() {
         assert!(!stack.pg.log().contains("ERROR"), "{}", stack.pg.log());
     }
 }
+
+/// Sessions keep prepared statements, plans and cursors while the extension is dropped and created again, also within
+/// their own transactions.
+#[test]
+fn open_sessions_go_on_with_an_extension_that_is_created_again() {
+    let stack = Stack::with(&[("max_prepared_transactions", "2")]);
+    let mut client = stack.pg.client();
+    let prepare = "prepare called as select outbox.publish_event('called', 's');
+        prepare inserted as insert into outbox.events (event_type, source) values ('inserted', 's');
+        prepare several as select outbox.publish_events('[{\"event_type\": \"several\", \"source\": \"s\"}]');
+        prepare new as insert into outbox.events (event_type, source, event_id) values ('new', 's', gen_random_uuid())
+            on conflict (event_id) do nothing returning event_id;
+        prepare here as select count(*) from outbox.published_here(); prepare state as select state from outbox.status";
+    let execute = "execute called; execute inserted; execute several; execute new; execute here; execute state;";
+    let count = |stack: &Stack| stack.pg.one::<i64>("select count(*) from outbox.events");
+    for mode in ["auto", "force_generic_plan", "force_custom_plan"] {
+        client
+            .batch_execute(&format!("deallocate all; set plan_cache_mode = {mode}; {prepare}"))
+            .expect(mode);
+        for _ in 0..6 {
+            client.batch_execute(execute).expect(mode);
+        }
+        stack.pg.exec("drop extension outbox_relay");
+        for name in ["called", "inserted", "several", "new", "here", "state"] {
+            client.batch_execute(&format!("execute {name}")).expect_err(name);
+        }
+        stack.pg.exec("create extension outbox_relay");
+        client.batch_execute(execute).expect(mode);
+        client.batch_execute(&format!("discard plans; {execute}")).expect(mode);
+        assert_eq!(count(&stack), 8, "{mode}");
+    }
+    let anew = "drop extension outbox_relay; create extension outbox_relay;";
+    // What each of these leaves of the events that were published.
+    for (statements, left) in [
+        (format!("execute called; {anew} execute called; execute new; commit"), 2),
+        (
+            format!("savepoint s; {anew} execute called; rollback to s; execute inserted; commit"),
+            3,
+        ),
+        (format!("{anew} execute called; rollback"), 3),
+        ("execute called; drop extension outbox_relay; rollback".to_owned(), 3),
+        (
+            format!("{anew} execute called; prepare transaction 'anew'; commit prepared 'anew'"),
+            1,
+        ),
+        (
+            format!(
+                "declare c cursor for select outbox.publish_event('c', 's') from generate_series(1, 5);
+                 fetch 2 from c; {anew} fetch 2 from c; commit"
+            ),
+            2,
+        ),
+    ] {
+        client.batch_execute("rollback").expect("an end");
+        for statement in format!("begin; {statements}").split_inclusive(';') {
+            client
+                .batch_execute(statement)
+                .unwrap_or_else(|error| panic!("{statements}: {statement}: {error:?}"));
+        }
+        assert_eq!(count(&stack), left, "{statements}");
+    }
+    stack.point("default", &stack.redis);
+    wait_drained(&stack.pg, "default");
+    assert!(!stack.pg.log().contains("terminated by signal"));
+}

@@ -119,6 +119,7 @@ mod routes_rows;
 mod scheduled;
 mod security;
 mod security_destinations;
+mod security_foreign;
 mod security_guard_keys;
 mod security_lending;
 mod security_publisher;
