@@ -1,6 +1,6 @@
 //! Consumer groups: which Redis servers are asked about them in a round, and what is saved of the answers.
 
-use crate::server::process;
+use crate::server::process::{self, Aborted};
 use crate::tables::catalog;
 use crate::tables::consumers;
 use crate::worker::state::Worker;
@@ -15,20 +15,27 @@ impl Worker {
     pub(super) fn ask_consumers(&mut self, now: Now) {
         self.interest = self.slot.interest();
         let (interest, wal) = (self.interest, self.flushed);
-        for backend in &mut self.backends {
-            if backend.watch(interest) {
-                let (number, lane) = backend.whose();
-                let known = process::transaction(|| {
-                    consumers::forget_deleted();
-                    consumers::known_streams(number, lane, MOST_REMEMBERED)
-                });
-                // If this fails, streams are watched from the next event on.
-                backend.watch_streams(known.unwrap_or_default());
+        for index in 0..self.backends.len() {
+            if self.backends[index].watch(interest) {
+                self.attempt(Task::KnowStreams, now, |w| w.know_streams(index));
             }
+            let backend = &mut self.backends[index];
             if backend.survey_at(interest).is_some_and(|at| at <= now) {
                 backend.ask_consumers(interest, wal, now);
             }
         }
+    }
+
+    /// Remembers the streams of a backend that were watched before. Until then, it is watched to which streams events
+    /// are sent.
+    fn know_streams(&mut self, index: usize) -> Result<(), Aborted> {
+        let (number, lane) = self.backends[index].whose();
+        let known = process::transaction(|| {
+            consumers::forget_deleted();
+            consumers::known_streams(number, lane, MOST_REMEMBERED)
+        })?;
+        self.backends[index].watch_streams(known);
+        Ok(())
     }
 
     /// Saves what Redis has answered.

@@ -28,6 +28,8 @@ pub(super) enum Task {
     PurgeFailed,
     PurgeInbox,
     SaveConsumers,
+    /// Read which streams were watched before.
+    KnowStreams,
     /// Record the stream of the settings.
     NoteStream,
     /// Delete the cursors of deleted backends.
@@ -47,9 +49,8 @@ impl Task {
             Self::ReadFor(_) => waits(50, 2_000),
             Self::Save | Self::SaveOf(_) | Self::Retry(_) | Self::Move => waits(100, 5_000),
             Self::Claim(_) | Self::FinishLanes | Self::AddLane(_) => waits(100, 5_000),
-            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => {
-                waits(1_000, 60_000)
-            }
+            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::KnowStreams => waits(1_000, 60_000),
+            Self::NoteStream | Self::Forget => waits(1_000, 60_000),
             Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => waits(1_000, 60_000),
         }
     }
@@ -78,6 +79,7 @@ impl Task {
             Self::PurgeInbox => "The worker was purging the inbox",
             Self::Forget => "The worker was deleting the cursors of deleted backends",
             Self::SaveConsumers => "The worker was saving information about consumer groups",
+            Self::KnowStreams => "The worker was looking up streams with consumer groups",
             Self::NoteStream => "The worker was recording the stream for backends that name none",
         }
     }
@@ -87,7 +89,8 @@ impl Task {
         match self {
             Self::Load | Self::Read | Self::ReadFor(_) | Self::Save | Self::SaveOf(_) | Self::Claim(_) => true,
             Self::FinishLanes | Self::AddLane(_) | Self::Retry(_) | Self::Move => true,
-            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::NoteStream | Self::Forget => false,
+            Self::PassBy | Self::RecordTicks | Self::SaveConsumers | Self::KnowStreams => false,
+            Self::NoteStream | Self::Forget => false,
             Self::PurgeSent(_) | Self::PurgeFailed | Self::PurgeInbox => false,
         }
     }

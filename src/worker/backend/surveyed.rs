@@ -15,6 +15,8 @@ const SAVE_AGAIN_AFTER: Duration = Duration::from_secs(30 * 60);
 
 #[derive(Default)]
 pub(super) struct LastSurvey {
+    /// Whether the streams that were watched before are known.
+    pub(super) knows_streams: bool,
     /// The result of the last survey, until it is saved.
     found: Option<Vec<Surveyed>>,
     /// What was last saved.

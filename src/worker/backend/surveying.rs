@@ -30,8 +30,8 @@ impl Backend {
         }
     }
 
-    /// Starts or stops watching the streams, depending on the settings and on who wants to know. True: it has just
-    /// started, and [`Self::watch_streams`] must be called with the streams known before.
+    /// Starts or stops watching the streams, depending on the settings and on who wants to know. True:
+    /// [`Self::watch_streams`] must be called with the streams known before.
     pub(crate) fn watch(&mut self, interest: Interest) -> bool {
         let policy = self.trim_policy();
         if policy.is_none() && (interest == Interest::Nobody || !self.reads_for_redis()) {
@@ -46,19 +46,17 @@ impl Backend {
         match self.delivery.readership_mut() {
             Some(readership) => {
                 readership.follow(policy, own_stream.as_ref());
-                false
             }
-            None => {
-                self.delivery.set_readership(Some(Readership::new(policy, own_stream)));
-                true
-            }
+            None => self.delivery.set_readership(Some(Readership::new(policy, own_stream))),
         }
+        !self.last_survey.knows_streams
     }
 
     /// Adds streams that were known before.
     pub(crate) fn watch_streams(&mut self, streams: Vec<String>) {
         let mut all: Vec<Rc<str>> = streams.into_iter().map(Rc::from).collect();
         all.extend(self.entries.named_streams());
+        self.last_survey.knows_streams = true;
         all.retain(|stream| self.serves(stream));
         if let Some(readership) = self.delivery.readership_mut() {
             all.iter().for_each(|stream| readership.knows(stream));
