@@ -15,6 +15,13 @@ use std::time::Duration;
 /// While all lanes have something to send, an event waits this long for one before that is a failure.
 const BUSY_FOR: Duration = Duration::from_secs(5);
 
+/// As long as so many threads of a backend's former lanes have not ended, because their server does not answer, none of
+/// its lanes is given up. Each thread holds a permit that others need.
+const MOST_LEAVING: usize = 16;
+
+/// How soon to look again whether they have. Usually that takes as long as a reply of their server.
+const LEAVE_PAUSE: Duration = Duration::from_millis(5);
+
 impl Worker {
     /// Makes lanes for what finders have found. All groups were read, because a new lane may have the index of one that
     /// is given up.
@@ -41,9 +48,17 @@ impl Worker {
         let mut former = None;
         if lanes.len() >= MOST_LANES {
             lanes.sort_unstable_by_key(|index| self.backends[*index].moved_at());
-            former = self.least_needed(found.finder, &lanes, now);
+            self.leaving.retain(|(_, thread)| !thread.has_ended());
+            let leaving = self.leaving.iter().filter(|(whose, _)| *whose == number).count();
+            if leaving < MOST_LEAVING {
+                former = self.least_needed(found.finder, &lanes, now);
+            }
             if former.is_none() {
-                self.backends[found.finder].no_lane_left(found.hash_slot, BUSY_FOR, now);
+                let finder = &mut self.backends[found.finder];
+                finder.no_lane_left(found.hash_slot, BUSY_FOR, now);
+                if leaving >= MOST_LEAVING {
+                    finder.rests_until = now + LEAVE_PAUSE;
+                }
                 return Ok(());
             }
         }
@@ -69,6 +84,8 @@ impl Worker {
                 self.backends[found.finder].saved(now);
                 let mut former = std::mem::replace(&mut self.backends[index], lane);
                 former.release_guard();
+                let connection = former.duty.connection_mut();
+                self.leaving.extend(connection.map(|c| (number, c.take_sign())));
                 self.patience.retain(|task| task.whose() != Some(former.whose()));
             }
         }

@@ -3,8 +3,8 @@
 //! descriptors run out, and must be told how many are used by others.
 
 use pgrx::pg_sys;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 /// Descriptors for each sender: its connection, and one that it opens for a moment.
 const DESCRIPTORS: usize = 2;
@@ -21,11 +21,30 @@ pub(crate) struct SenderPermits {
 }
 
 /// The permit of one sender. It is returned when the thread has ended.
-pub(crate) struct SenderPermit(Arc<AtomicUsize>);
+pub(crate) struct SenderPermit {
+    live: Arc<AtomicUsize>,
+    thread: Arc<()>,
+}
+
+/// Tells whether a sender's thread has ended.
+#[derive(Default)]
+pub(crate) struct ThreadSign(Weak<()>);
+
+impl ThreadSign {
+    pub(crate) fn has_ended(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+impl SenderPermit {
+    pub(crate) fn sign(&self) -> ThreadSign {
+        ThreadSign(Arc::downgrade(&self.thread))
+    }
+}
 
 impl Drop for SenderPermit {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.live.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -53,7 +72,10 @@ impl SenderPermits {
     pub(crate) fn take(&mut self) -> SenderPermit {
         self.live.fetch_add(1, Ordering::AcqRel);
         self.tell();
-        SenderPermit(self.live.clone())
+        SenderPermit {
+            live: self.live.clone(),
+            thread: Arc::default(),
+        }
     }
 
     /// Reports to Postgres how many descriptors others use.

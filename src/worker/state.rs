@@ -9,7 +9,7 @@ use crate::worker::due::Scheduled;
 use crate::worker::found::Found;
 use crate::worker::mended::Mending;
 use crate::worker::passed::Passed;
-use crate::worker::permits::SenderPermits;
+use crate::worker::permits::{SenderPermits, ThreadSign};
 use crate::worker::purge::Purge;
 use crate::worker::rates::Rates;
 use crate::worker::task::Task;
@@ -84,6 +84,8 @@ pub(super) struct Worker {
     pub(super) scheduled: Scheduled,
     /// Streams, by the index of their backend, in which no event waits any more when the failed ones are written down.
     pub(super) failed_streams: Vec<(usize, Vec<Rc<str>>)>,
+    /// Threads of lanes that were given up, by the number of their backend.
+    pub(super) leaving: Vec<(i32, ThreadSign)>,
     /// What finders have found in this round.
     pub(super) found: Vec<Found>,
     pub(super) settings_changed: bool,
@@ -155,6 +157,7 @@ impl Worker {
             polled_at: Now::ZERO,
             scheduled: Scheduled::default(),
             failed_streams: Vec::new(),
+            leaving: Vec::new(),
             found: Vec::new(),
             settings_changed: false,
             is_stream_noted: false,

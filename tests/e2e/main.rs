@@ -62,6 +62,7 @@ mod hostile_churn;
 mod hostile_groups;
 mod hostile_guards;
 mod hostile_hangs;
+mod hostile_lanes;
 mod hostile_replies;
 mod hostile_tls;
 mod hostile_words;

@@ -5,7 +5,7 @@ use crate::server::process::repeat_log_after;
 use crate::server::random;
 use crate::server::threads::without_signals;
 use crate::tables::options::{Known, Unusable};
-use crate::worker::permits::SenderPermit;
+use crate::worker::permits::{SenderPermit, ThreadSign};
 use relay::redis::destination::{Address, Destination, NodeRoute, Protocol};
 use relay::sender::Handle;
 use relay::sender::orders::{Order, Report};
@@ -18,6 +18,8 @@ pub(crate) struct Connection {
     /// An error if the backend's row holds an option that cannot be used.
     destination: Known<Destination>,
     sender: Sender,
+    /// Whether the thread of the last sender has ended.
+    thread: ThreadSign,
     /// The node that was last found.
     address: Option<Address>,
     /// The node that the current failure came from.
@@ -69,6 +71,7 @@ impl Connection {
         Self {
             destination,
             sender: Sender::Absent,
+            thread: ThreadSign::default(),
             address: None,
             failed_at: None,
             beat: 0,
@@ -142,9 +145,15 @@ impl Connection {
         destination.wait_at_most(patience);
         let slow_at = now + slow_after(&destination);
         self.sender = Sender::Absent;
+        self.thread = permit.sign();
         let handle = without_signals(|| Handle::spawn(destination, waker.clone(), permit))?;
         self.sender = Sender::Connecting { handle, slow_at };
         Ok(())
+    }
+
+    /// Takes the sign of the last sender's thread.
+    pub(crate) fn take_sign(&mut self) -> ThreadSign {
+        std::mem::take(&mut self.thread)
     }
 
     /// Lets the sender end, or notes that it has ended. Returns whether there was one.

@@ -3,8 +3,8 @@
 use crate::tables::former_lanes;
 
 pub(super) struct TakingOver {
-    /// The order that this lane has carried out, and other lanes may not have. Of a finder: the order that was noted for
-    /// former lanes.
+    /// The order that this lane has carried out, and other lanes may not have. Of a finder: the order that was noted
+    /// for former lanes.
     pub(super) done: Option<i64>,
     /// This lane has to carry out an order from before it went on. Of a finder: former lanes may have to.
     pub(super) is_owed: bool,
