@@ -12,6 +12,7 @@ pub const MAX_LINE: usize = 16 * 1024;
 /// at the beginning.
 pub const KEPT_STRING: usize = 256;
 
+/// A guard may name the 10,000 events of a batch, and be of a server with more connections.
 const LEAST_GUARD_BYTES: usize = 256 * 1024;
 static GUARD_BYTES: AtomicUsize = AtomicUsize::new(0);
 
@@ -74,8 +75,7 @@ impl Bounds {
     pub const PENDING: Self = Self::pieces("XPENDING");
     pub const CONSUMERS: Self = Self::pieces("XINFO CONSUMERS");
 
-    /// Fields and values. A position lists running transactions, so it may be as long as is possible in this server, or
-    /// in another server that has some thousand writing transactions.
+    /// Fields and values. A position lists running transactions, so it may be as long as is possible in this server.
     pub fn guard() -> Self {
         let bytes = GUARD_BYTES.load(Ordering::Relaxed).max(LEAST_GUARD_BYTES);
         Self::new("HGETALL of the guard", bytes, 64, 1)
@@ -85,7 +85,7 @@ impl Bounds {
     pub const fn executed(commands: usize) -> Self {
         /// An error contains at most a key.
         const OF_EACH: usize = 512;
-        Self::new("EXEC", 4 * MAX_LINE + commands * OF_EACH, commands + 1, 1)
+        Self::new("EXEC", MAX_LINE / 2 + commands * OF_EACH, commands + 1, 1)
     }
 
     const fn pieces(to: &'static str) -> Self {

@@ -9,7 +9,9 @@ use crate::resp::bounds::{Bounds, KEPT_STRING, MAX_LINE};
 use redis::Value;
 use std::ops::Range;
 
-/// A buffer that has grown for a large reply shrinks to this size.
+/// The size of a buffer at first: most connections get only short replies, and there may be many.
+const FIRST_SIZE: usize = 4 * 1024;
+/// A buffer that has grown beyond this for a large reply is given back.
 const USUAL_SIZE: usize = 64 * 1024;
 
 /// One complete reply as it arrived, or a piece of one (see [`Bounds::in_pieces`]).
@@ -265,21 +267,22 @@ impl Inbox {
     /// Where to receive more; [`Self::received`] must then be told how much it was. Call this when [`Self::take`] has
     /// found nothing, so that the buffer grows only for replies within the bounds.
     pub fn room(&mut self) -> Result<&mut [u8], Failure> {
+        let was_filled = self.end == self.buffer.len();
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
             if self.buffer.len() > USUAL_SIZE {
                 self.buffer = Vec::new();
             }
+        } else if was_filled && self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
         }
-        if self.end == self.buffer.len() {
-            if self.start > 0 {
-                self.buffer.copy_within(self.start..self.end, 0);
-                (self.start, self.end) = (0, self.end - self.start);
-            } else {
-                let more = self.buffer.len().max(USUAL_SIZE);
-                memory::reserve_exact(&mut self.buffer, more).map_err(|none| none.failure("a reply"))?;
-                self.buffer.resize(self.buffer.len() + more, 0);
-            }
+        // There is probably more than the last read could take.
+        let is_short = was_filled && self.buffer.len() < USUAL_SIZE;
+        if is_short || self.end == self.buffer.len() {
+            let more = self.buffer.len().max(FIRST_SIZE);
+            memory::reserve_exact(&mut self.buffer, more).map_err(|none| none.failure("a reply"))?;
+            self.buffer.resize(self.buffer.len() + more, 0);
         }
         Ok(&mut self.buffer[self.end..])
     }
