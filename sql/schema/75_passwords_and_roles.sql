@@ -17,14 +17,14 @@ declare
 begin
     -- When the caller's statement has ended, its log line may show its parameters, and auto_explain may show its plan
     -- with them. It also shows the caller's statements as the context of those below: so these are assignments, which
-    -- are evaluated without a plan, and come first.
+    -- are evaluated without a plan, and come first. The very first one refuses an owner that is no superuser.
+    setting := outbox.silence_triggers();
     setting := set_config('log_parameter_max_length', '0', true);
     if current_setting('auto_explain.log_min_duration', true) is not null then
         setting := set_config('auto_explain.log_min_duration', '-1', true);
     end if;
     perform outbox.hide_statement();
     b := outbox.expect_backend(name);
-    perform outbox.silence_triggers();
     if password is null then
         delete from outbox.backend_passwords p where p.backend_number = b.number;
     else

@@ -186,7 +186,9 @@ fn hash_slots_whose_lanes_all_wait_are_an_error_that_loses_nothing() {
     wait_until("an error in the log", || {
         stack.pg.log().contains("64 others are in use")
     });
-    assert_eq!(standing(&stack.pg, "default").state, "misconfigured");
+    wait_eq("its state", "misconfigured".to_string(), || {
+        standing(&stack.pg, "default").state
+    });
     assert_eq!(cluster.entries(last).len(), 0);
     let (first, others) = waiting.split_first().expect("streams");
     cluster.call(first, &["DEL", first]);

@@ -424,7 +424,10 @@ fn objects_in_the_callers_search_path_are_not_used() {
 fn overloaded_functions_of_others_are_not_called() {
     let stack = start();
     stack.pg.exec(OPERATOR);
-    stack.pg.exec("grant usage, create on schema outbox to mallory");
+    stack.pg.exec(
+        "grant usage, create on schema outbox to mallory;
+        grant usage on type outbox.backends, outbox.cursors to mallory",
+    );
     let mut mallory = stack.pg.client_as("mallory", "postgres");
     mallory
         .batch_execute(
