@@ -5,7 +5,6 @@ use kit::{
     Bystander, Cluster, LIMIT, Ledger, Load, Postgres, QUICK, Redis, Stack, UNTRIMMED, eventually, ids, publish_many,
     standing, wait_drained, wait_eq, wait_trouble, wait_until,
 };
-use std::collections::BTreeSet;
 use std::time::Instant;
 use uuid::Uuid;
 
@@ -20,16 +19,6 @@ fn stack(cluster: &Cluster) -> Stack {
         cluster.addresses()
     ));
     stack
-}
-
-/// Names of streams, each in a hash slot of its own.
-fn streams(cluster: &Cluster, count: usize) -> Vec<String> {
-    let mut slots = BTreeSet::new();
-    let names = (0..).map(|n| format!("s{n}"));
-    names
-        .filter(|name| slots.insert(cluster.slot_of(name)))
-        .take(count)
-        .collect()
 }
 
 fn publish(stack: &Stack, stream: &str, count: i32) -> Vec<Uuid> {
@@ -76,7 +65,7 @@ fn assert_published(stack: &Stack, count: i64) {
 fn more_hash_slots_than_lanes_take_turns() {
     let cluster = Cluster::start(0);
     let mut stack = stack(&cluster);
-    let streams = streams(&cluster, 150);
+    let streams = cluster.streams(150);
     publish_to_all(&stack, &streams);
     wait_all(&cluster, &streams, 1);
     wait_drained(&stack.pg, "default");
@@ -130,7 +119,7 @@ fn lanes_that_take_turns_lose_and_repeat_nothing_whatever_dies() {
 fn a_new_hash_slot_gets_a_lane_while_all_are_in_use() {
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
-    let streams = streams(&cluster, MOST_LANES + 1);
+    let streams = cluster.streams(MOST_LANES + 1);
     let (new, busy) = streams.split_last().expect("streams");
     publish_to_all(&stack, busy);
     wait_all(&cluster, busy, 1);
@@ -171,7 +160,7 @@ fn hash_slots_whose_lanes_all_wait_are_an_error_that_loses_nothing() {
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
     stack.pg.set("outbox_relay.max_retries", "1000");
-    let streams = streams(&cluster, MOST_LANES + 1);
+    let streams = cluster.streams(MOST_LANES + 1);
     let (last, waiting) = streams.split_last().expect("streams");
     for stream in waiting {
         cluster.call(stream, &["SET", stream, "a string"]);
@@ -205,7 +194,7 @@ fn hash_slots_whose_lanes_all_wait_are_an_error_that_loses_nothing() {
 fn what_a_former_lane_has_counted_is_counted_once() {
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
-    let streams = streams(&cluster, MOST_LANES + 1);
+    let streams = cluster.streams(MOST_LANES + 1);
     let (bad, others) = streams.split_first().expect("streams");
     cluster.call(bad, &["SET", bad, "a string"]);
     let publish_bad = format!("select outbox.publish_event('event', 'kit', stream => '{bad}', max_retries => 1)");
@@ -233,7 +222,7 @@ fn what_a_former_lane_has_counted_is_counted_once() {
 fn a_former_lane_heals() {
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
-    let streams = streams(&cluster, MOST_LANES + 1);
+    let streams = cluster.streams(MOST_LANES + 1);
     let (last, others) = streams.split_last().expect("streams");
     let first = &others[0];
     let mut published = publish(&stack, first, 1);
@@ -281,7 +270,7 @@ fn a_take_over_concerns_former_lanes_too() {
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
     stack.pg.exec("update outbox.backends set on_missing_guard = 'halt'");
-    let streams = streams(&cluster, MOST_LANES + 6);
+    let streams = cluster.streams(MOST_LANES + 6);
     publish_to_all(&stack, &streams);
     wait_all(&cluster, &streams, 1);
     wait_drained(&stack.pg, "default");
@@ -327,7 +316,7 @@ fn a_publisher_with_hundreds_of_hash_slots_holds_up_nobody() {
     const COUNT: usize = 800;
     let cluster = Cluster::start(0);
     let stack = stack(&cluster);
-    let streams = streams(&cluster, COUNT + 1);
+    let streams = cluster.streams(COUNT + 1);
     let (honest, others) = streams.split_last().expect("streams");
     let bystander = Bystander::start(&stack);
     let start = Instant::now();

@@ -6,7 +6,6 @@ use kit::{
     Cluster, LIMIT, Postgres, QUICK, Redis, Stack, UNTRIMMED, eventually, holds_for, ids, publish_many, standing,
     wait_drained, wait_eq, wait_trouble, wait_until,
 };
-use std::collections::BTreeSet;
 use uuid::Uuid;
 
 const MOST_LANES: usize = 64;
@@ -26,16 +25,6 @@ fn point(stack: &Stack, db: &str, cluster: &Cluster) {
     stack.pg.exec_db(db, &sql);
 }
 
-/// Names of streams, each in a hash slot of its own.
-fn streams(cluster: &Cluster, count: usize) -> Vec<String> {
-    let mut slots = BTreeSet::new();
-    let names = (0..).map(|n| format!("s{n}"));
-    names
-        .filter(|name| slots.insert(cluster.slot_of(name)))
-        .take(count)
-        .collect()
-}
-
 /// Publishes an event to each stream, in one transaction.
 fn publish_to_all(pg: &Postgres, db: &str, streams: &[String]) {
     pg.exec_db(
@@ -51,6 +40,19 @@ fn publish(pg: &Postgres, stream: &str) -> Vec<Uuid> {
     publish_many(&mut pg.client(), "default", stream, "event", 1)
 }
 
+fn take_over(pg: &Postgres) {
+    pg.exec("select outbox.take_over('default')");
+    wait_taken_over(pg);
+}
+
+/// Waits until all lanes but former ones have carried out what was ordered.
+#[track_caller]
+fn wait_taken_over(pg: &Postgres) {
+    wait_eq("take-overs that were asked for", 0i64, || {
+        pg.one("select count(*) from outbox.take_overs")
+    });
+}
+
 impl Given {
     fn up(settings: &[(&str, &str)]) -> Self {
         Self::up_in("postgres", settings)
@@ -64,7 +66,7 @@ impl Given {
             stack.pg.exec_db(db, "create extension outbox_relay");
         }
         point(&stack, db, &cluster);
-        let streams = streams(&cluster, MOST_LANES + 2);
+        let streams = cluster.streams(MOST_LANES + 2);
         publish_to_all(&stack.pg, db, &streams);
         for stream in &streams {
             cluster.wait_entries(stream, 1);
@@ -133,10 +135,7 @@ fn a_take_over_of_former_lanes_is_not_inherited_by_a_copy() {
     let given = Given::up(WATCHFUL);
     let former = given.former()[0].clone();
     let pg = &given.stack.pg;
-    pg.exec("select outbox.take_over('default')");
-    wait_eq("take-overs that were asked for", 0i64, || {
-        pg.one("select count(*) from outbox.take_overs")
-    });
+    take_over(pg);
     assert_eq!(given.former().len(), 2);
     let clone = pg.base_backup().start();
     publish(&clone, &former);
@@ -153,10 +152,7 @@ fn a_former_lane_does_not_rob_a_later_owner() {
     let given = Given::up(WATCHFUL);
     let former = given.former()[0].clone();
     let pg = &given.stack.pg;
-    pg.exec("select outbox.take_over('default')");
-    wait_eq("take-overs that were asked for", 0i64, || {
-        pg.one("select count(*) from outbox.take_overs")
-    });
+    take_over(pg);
     let clone = pg.base_backup().start();
     clone.exec("select outbox.take_over('default')");
     let its_place = format!("{}#", clone.data_dir().display());
@@ -201,9 +197,7 @@ fn a_second_take_over_counts_while_a_lane_has_not_carried_out_the_first() {
     }
     given.cluster.nodes[dead].start_again();
     given.cluster.wait_well(3);
-    wait_eq("take-overs that were asked for", 0i64, || {
-        pg.one("select count(*) from outbox.take_overs")
-    });
+    wait_taken_over(pg);
     wait_drained(pg, "default");
     assert_eq!(ids(&given.cluster.entries(&stream)), published);
 }

@@ -1,5 +1,6 @@
 //! A Redis Cluster of throwaway servers: three masters, each with a replica.
 
+use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
@@ -135,6 +136,17 @@ impl Cluster {
             .find(|node| node.is_running())
             .expect("a node that runs");
         node.slot_of(key)
+    }
+
+    /// Names of streams, each in a hash slot of its own.
+    #[track_caller]
+    pub fn streams(&self, count: usize) -> Vec<String> {
+        let mut slots = BTreeSet::new();
+        let names = (0..).map(|n| format!("s{n}"));
+        names
+            .filter(|name| slots.insert(self.slot_of(name)))
+            .take(count)
+            .collect()
     }
 
     /// All entries of a stream, from the node that serves it.
